@@ -1,0 +1,39 @@
+"""What every method is: a pydantic model of its options, and the algorithm over one decoder block.
+
+A method's file defines one subclass with `name: Literal["..."]`, which registers itself. The class is plain data until it runs:
+torch is imported inside the functions that compute, so that the HTTP process can list methods, schemas and defaults.
+"""
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+from quantizers.scheme import BnbScheme, FloatScheme, IntegerScheme
+
+if TYPE_CHECKING:
+    from quantizers.pipeline import Block
+
+METHODS: dict[str, type["Method"]] = {}
+
+
+class Method(BaseModel):
+    """Base of all methods; a subclass adds its options as fields, each with a default."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    summary: ClassVar[str]
+    needs_calibration: ClassVar[bool] = False
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        METHODS[cls.model_fields["name"].default] = cls
+
+    def check(self, scheme: FloatScheme | IntegerScheme | BnbScheme) -> None:
+        """Raises UnsupportedScheme where this method cannot produce `scheme`."""
+        raise NotImplementedError
+
+    def apply(self, block: "Block") -> None:
+        """Work on one decoder block: change its floating weights, or `block.put` quantized layers for them."""
+        raise NotImplementedError

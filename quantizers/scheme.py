@@ -1,0 +1,131 @@
+"""Number formats of a linear layer, as plain data: no torch here, so that every process can speak of them.
+
+A scheme says how the numbers of one weight matrix `[out_features, in_features]` are stored and whether the layer's input is
+quantized too. How numbers are chosen is a method's matter (`quantizers.methods`), how they are packed `quantizers.packing`'s.
+"""
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from quantizers.errors import UnknownRecipe
+
+WeightBits = Literal[2, 3, 4, 8]
+GROUP_SIZES = (32, 64, 128)
+SCALE_BITS = 16  # scales and minimums are fp16: 11 bits of significand, far below the step of the widest integer format
+ZERO_POINT_BITS = 8  # one byte a group, whatever the width
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FloatScheme(_Frozen):
+    """Unquantized weights in one floating type; the whole model runs in it."""
+
+    kind: Literal["float"] = "float"
+    dtype: Literal["fp32", "bf16", "fp16"]
+
+    @property
+    def slug(self) -> str:
+        return self.dtype
+
+    @property
+    def weight_bits(self) -> int:
+        return 32 if self.dtype == "fp32" else 16
+
+    def bits_per_weight(self, in_features: int) -> float:
+        return float(self.weight_bits)
+
+
+class IntegerScheme(_Frozen):
+    """Integers with one scale for each group of `group_size` inputs of a row (the whole row where it is None).
+
+    zero: `none`: w = scale * q, q signed, two's complement range [-2^(b-1), 2^(b-1)-1];
+    `integer` (`z`): w = scale * (q - zero_point), q and zero_point in [0, 2^b-1];
+    `minimum` (`m`): w = scale * q + minimum, q in [0, 2^b-1], minimum real (the grid of GGUF's Q4_1, and of methods with a real zero point).
+    activation_bits: 8 quantizes the input dynamically, symmetric, one scale a token.
+    """
+
+    kind: Literal["integer"] = "integer"
+    weight_bits: WeightBits
+    group_size: int | None = None
+    zero: Literal["none", "integer", "minimum"] = "none"
+    activation_bits: Literal[8] | None = None
+
+    @model_validator(mode="after")
+    def _group_is_known(self) -> "IntegerScheme":
+        if self.group_size is not None and self.group_size not in GROUP_SIZES:
+            raise ValueError(f"group size {self.group_size} is not one of {GROUP_SIZES}")
+        return self
+
+    @property
+    def slug(self) -> str:
+        group = "" if self.group_size is None else f"g{self.group_size}"
+        zero = {"none": "", "integer": "z", "minimum": "m"}[self.zero]
+        activation = "" if self.activation_bits is None else f"a{self.activation_bits}"
+        return f"w{self.weight_bits}{group}{zero}{activation}"
+
+    @property
+    def symmetric(self) -> bool:
+        return self.zero == "none"
+
+    @property
+    def qmin(self) -> int:
+        return -(1 << (self.weight_bits - 1)) if self.symmetric else 0
+
+    @property
+    def qmax(self) -> int:
+        return (1 << (self.weight_bits - 1)) - 1 if self.symmetric else (1 << self.weight_bits) - 1
+
+    def bits_per_weight(self, in_features: int) -> float:
+        """Stored bits a weight, scales and zero points included."""
+        zero = {"none": 0, "integer": ZERO_POINT_BITS, "minimum": SCALE_BITS}[self.zero]
+        return self.weight_bits + (SCALE_BITS + zero) / (self.group_size or in_features)
+
+
+class BnbScheme(_Frozen):
+    """A format of bitsandbytes: LLM.int8() (rows, outlier columns of the input apart) or 16 codes in blocks of 64 with fp32 absmax."""
+
+    kind: Literal["bnb"] = "bnb"
+    format: Literal["int8", "nf4", "fp4"]
+
+    @property
+    def slug(self) -> str:
+        return self.format
+
+    @property
+    def weight_bits(self) -> int:
+        return 8 if self.format == "int8" else 4
+
+    def bits_per_weight(self, in_features: int) -> float:
+        return 8 + 32 / in_features if self.format == "int8" else 4 + 32 / 64
+
+
+Scheme = Annotated[FloatScheme | IntegerScheme | BnbScheme, Field(discriminator="kind")]
+
+HEAD8 = IntegerScheme(weight_bits=8, group_size=32)  # the output matrix of a recipe that ends in `-head8`
+
+_INTEGER = re.compile(r"w(?P<bits>[2348])(?:g(?P<group>[0-9]{1,4}))?(?P<zero>[zm])?(?:a(?P<act>8))?")
+
+
+def parse_scheme(slug: str) -> FloatScheme | IntegerScheme | BnbScheme:
+    """The scheme that `slug` names. Raises UnknownRecipe."""
+    if slug in ("fp32", "bf16", "fp16"):
+        return FloatScheme(dtype=slug)
+    if slug in ("int8", "nf4", "fp4"):
+        return BnbScheme(format=slug)
+    match = _INTEGER.fullmatch(slug)
+    group = int(match["group"]) if match and match["group"] else None
+    if match is None or (group is not None and group not in GROUP_SIZES):
+        raise UnknownRecipe(
+            f"{slug!r} is not a number format: use fp32, bf16, fp16, int8, nf4, fp4 or w<bits>[g<group>][z|m][a8] "
+            f"with 2, 3, 4 or 8 bits and groups of {', '.join(map(str, GROUP_SIZES))}"
+        )
+    return IntegerScheme(
+        weight_bits=int(match["bits"]),
+        group_size=group,
+        zero={None: "none", "z": "integer", "m": "minimum"}[match["zero"]],
+        activation_bits=8 if match["act"] else None,
+    )

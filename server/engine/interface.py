@@ -1,0 +1,178 @@
+"""The engine as the HTTP process sees it: token ids in, token ids and log-probabilities out, over an async iterator.
+
+The engine lives in a worker process of its own (`server.engine.worker`); `server.engine.client` implements this protocol over a
+Unix socket with msgpack messages. Text (templates, tokenization, stop strings, detokenization) stays with `server.text`. This file
+imports no torch. Every struct is a pydantic model, so that what crosses the socket is checked on both sides.
+"""
+
+from collections.abc import AsyncIterator
+from typing import Annotated, Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field
+
+FinishReason = Literal["stop", "length", "cancelled"]
+MemoryKind = Literal["weights", "shared_weights", "kv_cache", "workspace"]
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class VariantKey(_Message):
+    """`smollm2-135m-instruct@rtn-w4g64` as its two parts: the checkpoint's name and the recipe's slug."""
+
+    model: str
+    precision: str
+
+    def __str__(self) -> str:
+        return f"{self.model}@{self.precision}"
+
+
+class Sampling(_Message):
+    """How one sequence is continued. Ranges are OpenAI's and are checked here as well as in the HTTP schema."""
+
+    max_tokens: int = Field(ge=0)
+    min_tokens: int = Field(default=0, ge=0)
+    temperature: float = Field(default=1.0, ge=0, le=2)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0)  # 0: no limit
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    repetition_penalty: float = Field(default=1.0, gt=0)
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
+    logit_bias: dict[int, float] = {}
+    seed: int | None = None  # None: the engine draws one
+    stop_token_ids: tuple[int, ...] = ()  # end of sequence is the checkpoint's own, unless ignore_eos
+    ignore_eos: bool = False
+    logprobs: int | None = Field(default=None, ge=0, le=20)  # None: none; N: the sampled token's and the top N
+    prompt_logprobs: int | None = Field(default=None, ge=0, le=20)
+
+
+class Request(_Message):
+    id: str
+    variant: VariantKey
+    prompt_token_ids: tuple[int, ...]
+    sampling: Sampling
+
+
+class TokenLogprob(_Message):
+    """Natural-log probability of `token_id` under the unmodified model distribution (before temperature and penalties), and the top N of that position."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()  # (token_id, logprob), best first
+
+
+class Started(_Message):
+    """First event of every accepted request, after its variant is resident and its prompt was checked."""
+
+    event: Literal["started"] = "started"
+    prompt_tokens: int
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None  # one a prompt token, the first is None
+
+
+class Token(_Message):
+    event: Literal["token"] = "token"
+    token_id: int
+    logprob: TokenLogprob | None = None
+
+
+class Finished(_Message):
+    """Last event of a request that ended well. `stop` covers end of sequence and stop token ids; that last token was not sent as a Token event."""
+
+    event: Literal["finished"] = "finished"
+    reason: FinishReason
+    prompt_tokens: int
+    cached_tokens: int = 0
+    completion_tokens: int
+
+
+class Failed(_Message):
+    """Last event of a request that did not. `kind` is the class name of a `quantizers.errors` type."""
+
+    event: Literal["failed"] = "failed"
+    kind: str
+    message: str
+    param: str | None = None
+    code: str | None = None
+
+
+Event = Annotated[Started | Token | Finished | Failed, Field(discriminator="event")]
+
+
+class VariantSpec(_Message):
+    """Where a variant's bytes are: the checkpoint's folder, and the artifact's folder (None for a baseline)."""
+
+    key: VariantKey
+    checkpoint_dir: str
+    artifact_dir: str | None
+
+
+class ResidentInfo(_Message):
+    """What is in effect for a resident variant, measured after loading. Bytes by kind sum to what the variant holds."""
+
+    key: VariantKey
+    device: str
+    max_model_len: int
+    vocab_size: int
+    dtype: str
+    kv_dtype: str
+    kernels: dict[str, int]  # kernel name -> number of layers that it runs
+    predicted_bytes: int
+    bytes: dict[MemoryKind, int]
+    bytes_by_dtype: dict[str, int]
+    load_seconds: float
+
+
+class MemoryInfo(_Message):
+    """The ledger: the device measured by its driver (a process's proportional set size on a CPU), and every resident variant."""
+
+    device: str
+    total_bytes: int
+    used_bytes: int
+    free_bytes: int
+    budget_bytes: int
+    reserved_bytes: int
+    shared_bytes: int  # tensors that several residents use, stored once
+    residents: tuple[ResidentInfo, ...]
+
+
+class StepStats(_Message):
+    """Sent by the worker about once a second and after each request: gauges that a scrape must not wait for."""
+
+    running: dict[str, int]  # str(VariantKey) -> sequences
+    waiting: dict[str, int]
+    kv_cache_usage: dict[str, float]
+    memory: MemoryInfo
+
+
+class Engine(Protocol):
+    """Errors are raised as the types of `quantizers.errors`; EngineUnavailable while the worker is down or restarting."""
+
+    async def start(self) -> None: ...
+
+    async def stop(self, grace_seconds: float) -> None: ...
+
+    def generate(self, request: Request) -> AsyncIterator[Started | Token | Finished]:
+        """Events of one request; closing the iterator cancels the request in the worker."""
+        ...
+
+    async def load(self, spec: VariantSpec) -> ResidentInfo:
+        """Load where not resident yet; concurrent calls for one variant share one load."""
+        ...
+
+    async def unload(self, key: VariantKey) -> None: ...
+
+    def residents(self) -> dict[VariantKey, ResidentInfo]:
+        """As last reported by the worker; never waits."""
+        ...
+
+    def stats(self) -> StepStats | None:
+        """As last reported by the worker; never waits."""
+        ...
+
+    @property
+    def alive(self) -> bool: ...
+
+    @property
+    def restarts(self) -> int: ...
