@@ -1,0 +1,147 @@
+"""The command line: parses, prints, and turns errors into one line and an exit status. What commands do lies in the modules they call."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+from pydantic_settings import SettingsError
+
+from quantizers.errors import InvalidInput, NotFound, PrecisError
+from server.settings import Settings
+
+DEMO = "smollm2-135m-instruct"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done, 1 the work failed, 2 the caller's input was wrong, 130 interrupted."""
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    command: Callable[[argparse.Namespace], None] = arguments.command
+    try:
+        command(arguments)
+    except (InvalidInput, NotFound) as error:
+        return _fail(error.message, 2)
+    except PrecisError as error:
+        return _fail(error.message, 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted; what was finished is kept", 130)
+    return 0
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"precis: {message}", file=sys.stderr)
+    return status
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse without the usage block: one line and status 2, as for every other wrong input."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        self.exit(2, f"precis: {message}; see `{self.prog} --help`\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="precis", description="Serve quantized language models, and see what every precision costs.")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=_Parser)
+
+    serve = commands.add_parser("serve", help="serve models over the OpenAI HTTP interface")
+    serve.add_argument("models", nargs="*", metavar="MODEL", help="a checkpoint's name, a folder, a GGUF file or a Hugging Face id")
+    serve.add_argument("--demo", action="store_true", help=f"import and serve the demo model, {DEMO}")
+    _add_settings(serve, tuple(Settings.model_fields))
+    serve.set_defaults(command=_serve)
+
+    quantize = commands.add_parser("quantize", help="make variants of a checkpoint")
+    quantize.add_argument("checkpoint", metavar="CHECKPOINT", help="name, folder, GGUF file or Hugging Face id")
+    quantize.add_argument("recipes", nargs="+", metavar="RECIPE", help="such as rtn-w4g64 or bnb-nf4")
+    _add_settings(quantize, ("data_dir", "device"))
+    quantize.set_defaults(command=_quantize)
+
+    evaluate = commands.add_parser("evaluate", help="measure perplexity, KL against fp32, bytes and speed of recipes")
+    evaluate.add_argument("checkpoint", metavar="CHECKPOINT", help="name, folder, GGUF file or Hugging Face id")
+    evaluate.add_argument("recipes", nargs="+", metavar="RECIPE", help="such as fp32, bf16, rtn-w4g64")
+    evaluate.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to evaluate on; default: topics of Python's pydoc")
+    evaluate.add_argument("--windows", type=int, default=24, metavar="N", help="windows of 512 tokens to evaluate (default 24)")
+    evaluate.add_argument("--json", action="store_true", help="print the reports as JSON instead of a table")
+    evaluate.add_argument("--plot", type=Path, metavar="FILE", help="write quality against bytes as an SVG or PNG picture")
+    _add_settings(evaluate, ("data_dir", "device"))
+    evaluate.set_defaults(command=_evaluate)
+
+    doctor = commands.add_parser("doctor", help="say what hardware is here, which kernels run on it, and why")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    _add_settings(doctor, ("data_dir", "device"))
+    doctor.set_defaults(command=_doctor)
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
+    """A flag for each named field of Settings; its value stays text, which Settings reads just as it reads the environment."""
+    for name in names:
+        field = Settings.model_fields[name]
+        flag = "--" + name.replace("_", "-")
+        text = field.description or ""
+        annotation = str(field.annotation)
+        if annotation.startswith("list"):
+            parser.add_argument(flag, nargs="+", default=argparse.SUPPRESS, dest=f"setting_{name}", metavar="VALUE", help=text)
+        elif field.annotation is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, dest=f"setting_{name}", help=text)
+        else:
+            parser.add_argument(flag, default=argparse.SUPPRESS, dest=f"setting_{name}", metavar="VALUE", help=text)
+
+
+def settings_from(arguments: argparse.Namespace) -> Settings:
+    """Flags over environment over defaults. Raises InvalidInput naming the first setting that is wrong."""
+    unknown = sorted(key for key in os.environ if key.startswith("PRECIS_") and key.removeprefix("PRECIS_").lower() not in Settings.model_fields)
+    if unknown:
+        raise InvalidInput(f"{unknown[0]} is no setting; the settings are listed by `precis serve --help`", param=unknown[0])
+    given = {name.removeprefix("setting_"): value for name, value in vars(arguments).items() if name.startswith("setting_")}
+    try:
+        return Settings(**given)
+    except SettingsError as error:
+        raise InvalidInput(f"{error}: a list in the environment is written as JSON") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        message = first["msg"].removeprefix("Value error, ")
+        raise InvalidInput(
+            f"--{name.replace('_', '-')} (PRECIS_{name.upper()}) is wrong: {message}; got {first['input']!r}", param=name
+        ) from error
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    from server.serve import serve
+
+    serve(settings_from(arguments), arguments.models, demo=arguments.demo)
+
+
+def _quantize(arguments: argparse.Namespace) -> None:
+    from server.offline import quantize
+
+    quantize(settings_from(arguments), arguments.checkpoint, arguments.recipes)
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from server.offline import evaluate
+
+    evaluate(
+        settings_from(arguments),
+        arguments.checkpoint,
+        arguments.recipes,
+        text_file=arguments.text,
+        windows=arguments.windows,
+        as_json=arguments.json,
+        plot=arguments.plot,
+    )
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    from server.doctor import doctor
+
+    doctor(settings_from(arguments), as_json=arguments.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""`precis doctor`: what hardware is here, which kernel runs each number format on it, and why not a faster one."""
+
+import json
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from server.settings import Settings
+
+_CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "asimddp")
+_PACKAGES = ("torch", "transformers", "bitsandbytes", "fastapi", "safetensors")
+_FORMATS = ("fp32", "bf16", "rtn-w8", "rtn-w8a8", "rtn-w4g64", "rtn-w4g64z", "rtn-w4g32m", "rtn-w3g64", "rtn-w2g64", "bnb-int8", "bnb-nf4", "bnb-fp4")
+
+
+def doctor(settings: Settings, *, as_json: bool) -> None:
+    """Print the findings as a table or as JSON."""
+    facts = {"hardware": _hardware(), "packages": {name: version(name) for name in _PACKAGES}, "kernels": _kernels(settings.device)}
+    facts["data_dir"] = str(settings.data_dir)
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return
+    console = Console()
+    for title in ("hardware", "packages", "kernels"):
+        table = Table("what", "found", title=title, title_justify="left")
+        for name, value in facts[title].items():
+            table.add_row(name, value if isinstance(value, str) else ", ".join(value))
+        console.print(table)
+    console.print(f"data directory: {settings.data_dir}")
+
+
+def _hardware() -> dict[str, str | list[str]]:
+    import torch
+
+    memory = psutil.virtual_memory()
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "processor": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} used by torch",
+        "instructions": [feature for feature in _CPU_FEATURES if feature in _cpu_flags()] or ["none of note"],
+        "memory": f"{memory.total / 2**30:.1f} GiB, {memory.available / 2**30:.1f} GiB available",
+        "gpu": gpus or [f"none that torch {torch.__version__} sees; everything runs on the CPU"],
+    }
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return set()
+    return {flag for line in text.splitlines() if line.startswith(("flags", "Features")) for flag in line.split(":")[1].split()}
+
+
+def _kernels(device: str) -> dict[str, str]:
+    from quantizers.kernels import explain
+    from quantizers.recipe import parse_recipe
+
+    target = _resolve(device)
+    return {slug: explain(parse_recipe(slug).scheme, target) for slug in _FORMATS}
+
+
+def _resolve(device: str) -> str:
+    import torch
+
+    if device != "auto":
+        return device
+    return "cuda:0" if torch.cuda.is_available() else "cpu"
