@@ -10,11 +10,11 @@ Grammar of a slug (`[a-z0-9.-]`):
 
 import re
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, SerializeAsAny, model_validator
+from pydantic import BaseModel, ConfigDict, SerializeAsAny, field_validator, model_validator
 
-from quantizers.errors import UnknownRecipe
+from quantizers.errors import UnknownRecipe, UnsupportedScheme
 from quantizers.methods import METHODS, Method
 from quantizers.scheme import HEAD8, FloatScheme, IntegerScheme, Scheme, parse_scheme
 
@@ -31,10 +31,27 @@ class Recipe(BaseModel):
     scheme: Scheme
     head: IntegerScheme | None = None
 
+    @field_validator("methods", mode="before")
+    @classmethod
+    def _methods_by_name(cls, value: Any) -> Any:
+        """JSON names a method by its `name`; its options are checked by the class that the name is registered for."""
+        return tuple(_method(item) for item in value) if isinstance(value, list | tuple) else value
+
     @model_validator(mode="after")
     def _methods_fit_scheme(self) -> "Recipe":
         if not self.methods and (not isinstance(self.scheme, FloatScheme) or self.head is not None):
             raise ValueError(f"the format {self.scheme.slug} needs a method, such as rtn-{self.scheme.slug}")
+        for method in self.methods[:-1]:
+            if method.role != "transform":
+                raise UnsupportedScheme(
+                    f"{method.name} chooses the numbers itself, so it can only be the last method of a recipe", param="model"
+                )
+        if self.methods:
+            if self.methods[-1].role != "quantizer":
+                raise UnsupportedScheme(
+                    f"{self.methods[-1].name} only prepares weights: name a quantizer after it, such as rtn", param="model"
+                )
+            self.methods[-1].check(self.scheme)
         return self
 
     @property
@@ -49,6 +66,15 @@ class Recipe(BaseModel):
     def slug(self) -> str:
         parts = [method.name for method in self.methods] + [self.scheme.slug]
         return "-".join(parts + (["head8"] if self.head else []))
+
+
+def _method(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    name = value.get("name")
+    if not isinstance(name, str) or name not in METHODS:
+        raise UnknownRecipe(f"{str(name)[:80]!r} is no method; methods: {', '.join(sorted(METHODS))}", param="methods")
+    return METHODS[name].model_validate(value)
 
 
 @cache
@@ -69,5 +95,4 @@ def parse_recipe(slug: str) -> Recipe:
         )
     scheme = parse_scheme(format_)
     methods = tuple(METHODS[name](name=name) for name in names)
-    methods[-1].check(scheme)
     return Recipe(methods=methods, scheme=scheme, head=head)

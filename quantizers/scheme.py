@@ -35,7 +35,7 @@ class FloatScheme(_Frozen):
     def weight_bits(self) -> int:
         return 32 if self.dtype == "fp32" else 16
 
-    def bits_per_weight(self, in_features: int) -> float:
+    def bits_per_weight(self, in_features: int) -> float:  # noqa: ARG002  the same question is put to every scheme
         return float(self.weight_bits)
 
 
@@ -44,7 +44,8 @@ class IntegerScheme(_Frozen):
 
     zero: `none`: w = scale * q, q signed, two's complement range [-2^(b-1), 2^(b-1)-1];
     `integer` (`z`): w = scale * (q - zero_point), q and zero_point in [0, 2^b-1];
-    `minimum` (`m`): w = scale * q + minimum, q in [0, 2^b-1], minimum real (the grid of GGUF's Q4_1, and of methods with a real zero point).
+    `minimum` (`m`): w = scale * q + minimum, q in [0, 2^b-1], minimum real (the grid of GGUF's Q4_1
+    and of methods with a real zero point).
     activation_bits: 8 quantizes the input dynamically, symmetric, one scale a token.
     """
 
@@ -86,10 +87,20 @@ class IntegerScheme(_Frozen):
 
 
 class BnbScheme(_Frozen):
-    """A format of bitsandbytes: LLM.int8() (rows, outlier columns of the input apart) or 16 codes in blocks of 64 with fp32 absmax."""
+    """A format of bitsandbytes: LLM.int8() (rows, outlier columns of the input apart) or 16 codes in blocks of 64 with fp32 absmax.
+
+    outlier_threshold (int8 only): columns of the input with a magnitude of at least this are multiplied in floating point; 0: none are.
+    """
 
     kind: Literal["bnb"] = "bnb"
     format: Literal["int8", "nf4", "fp4"]
+    outlier_threshold: float = Field(default=6.0, ge=0, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _threshold_has_an_effect(self) -> "BnbScheme":
+        if self.format != "int8" and self.outlier_threshold != 6.0:
+            raise ValueError(f"outlier_threshold belongs to int8; {self.format} quantizes weights only, so leave it out")
+        return self
 
     @property
     def slug(self) -> str:

@@ -4,7 +4,7 @@ A method's file defines one subclass with `name: Literal["..."]`, which register
 torch is imported inside the functions that compute, so that the HTTP process can list methods, schemas and defaults.
 """
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -23,6 +23,7 @@ class Method(BaseModel):
 
     name: str
     summary: ClassVar[str]
+    role: ClassVar[Literal["transform", "quantizer"]] = "quantizer"  # a recipe is any number of transforms, then one quantizer
     needs_calibration: ClassVar[bool] = False
 
     @classmethod

@@ -1,0 +1,67 @@
+"""What every kernel is, and which one runs a layer. A kernel is one file that registers itself; the reference kernel runs everything.
+
+A kernel is chosen once, by format, dtype, device and shape, never by the number of tokens: a token's result must not depend on how
+many others are computed beside it more than the library underneath makes it.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from quantizers.weights import QuantizedScheme, QuantizedWeight, Spec
+
+KERNELS: dict[str, type["Kernel"]] = {}
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """All that a kernel is chosen by: the weight's format and shape, the dtype of the inputs and the device."""
+
+    scheme: QuantizedScheme
+    out_features: int
+    in_features: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+class Kernel(ABC):
+    """`y = x @ w.T + bias` for one layer. The layer holds the buffers; the kernel holds only what is known from the shapes.
+
+    `rank` orders the kernels that support a layer: the highest runs.
+    """
+
+    name: ClassVar[str]
+    rank: ClassVar[int]
+
+    def __init__(self, layer: LayerKind) -> None:
+        self.layer = layer
+
+    def __init_subclass__(cls) -> None:
+        KERNELS[cls.name] = cls
+
+    @classmethod
+    @abstractmethod
+    def supports(cls, layer: LayerKind) -> bool:
+        """Whether this kernel runs such a layer on this machine."""
+
+    @abstractmethod
+    def specs(self) -> dict[str, Spec]:
+        """Name -> (shape, dtype) of the buffers that `prepare` makes: the bytes that the layer will hold."""
+
+    @abstractmethod
+    def prepare(self, weight: QuantizedWeight) -> dict[str, Tensor]:
+        """The buffers, on the weight's device. Called once; what it does not return is freed."""
+
+    @abstractmethod
+    def run(self, x: Tensor, buffers: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
+        """`x` [..., in_features] -> [..., out_features], in `x.dtype`."""
+
+
+def select(layer: LayerKind) -> Kernel:
+    """The best kernel for a layer; the reference kernel supports every one."""
+    able = [kernel for kernel in KERNELS.values() if kernel.supports(layer)]
+    return max(able, key=lambda kernel: kernel.rank)(layer)

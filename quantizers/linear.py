@@ -1,0 +1,56 @@
+"""QuantizedLinear: the one module that replaces `nn.Linear`. It holds what its kernel needs and nothing else."""
+
+import torch
+from torch import Tensor, nn
+
+from quantizers.errors import CorruptData
+from quantizers.kernels import LayerKind, select
+from quantizers.weights import QuantizedScheme, QuantizedWeight
+
+
+class QuantizedLinear(nn.Module):
+    """`y = x @ w.T + bias` with a quantized `w` [out_features, in_features].
+
+    Made empty (its buffers on the meta device, of the final shapes and dtypes, so that bytes can be counted before they exist) and
+    filled by `load`. `dtype` is the input's and the bias's, `device` where it will run: both decide the kernel.
+    """
+
+    def __init__(
+        self, scheme: QuantizedScheme, in_features: int, out_features: int, *, bias: bool, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.scheme = scheme
+        self.in_features = in_features
+        self.out_features = out_features
+        self.device = device
+        self._kernel = select(LayerKind(scheme, out_features, in_features, dtype, device))
+        for name, (shape, buffer_dtype) in self._kernel.specs().items():
+            self.register_buffer(name, torch.empty(shape, dtype=buffer_dtype, device="meta"))
+        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device="meta"), requires_grad=False) if bias else None
+
+    @property
+    def kernel(self) -> str:
+        """Name of the kernel in effect."""
+        return self._kernel.name
+
+    def load(self, weight: QuantizedWeight) -> None:
+        """Fill the buffers. Raises CorruptData where `weight` is not of this layer's format and shape."""
+        expected = (self.scheme, self.out_features, self.in_features)
+        if (weight.scheme, weight.out_features, weight.in_features) != expected:
+            raise CorruptData(
+                f"a layer [{self.out_features}, {self.in_features}] in {self.scheme.slug} was given a weight "
+                f"[{weight.out_features}, {weight.in_features}] in {weight.scheme.slug}"
+            )
+        prepared = self._kernel.prepare(weight.to(self.device))
+        for name, (shape, dtype) in self._kernel.specs().items():
+            buffer = prepared.pop(name)
+            assert (tuple(buffer.shape), buffer.dtype) == (shape, dtype), f"{self.kernel} promised {name} {shape} {dtype}"
+            self._buffers[name] = buffer
+        assert not prepared, f"{self.kernel} made buffers that it did not promise: {sorted(prepared)}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        buffers = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        return self._kernel.run(x, buffers, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, scheme={self.scheme.slug}, kernel={self.kernel}"

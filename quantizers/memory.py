@@ -1,0 +1,50 @@
+"""The most memory that a piece of work held, measured while it runs."""
+
+import threading
+from types import TracebackType
+
+import psutil
+import torch
+
+_INTERVAL = 0.005  # seconds between samples on a CPU: a layer's scratch space lives for tens of milliseconds
+
+
+class PeakMemory:
+    """Context manager; `bytes` afterwards: the peak beyond what was held at entry.
+
+    On a GPU the allocator's own peak. On a CPU the process's private resident memory is sampled (pages of mapped files, which the
+    kernel may drop at will, do not count), so a peak shorter than a few milliseconds can be missed.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._cuda = torch.device(device) if device.startswith("cuda") else None
+        self._done = threading.Event()
+        self.bytes = 0
+
+    def __enter__(self) -> "PeakMemory":
+        if self._cuda is not None:
+            torch.cuda.reset_peak_memory_stats(self._cuda)
+            self._before = torch.cuda.memory_allocated(self._cuda)
+        else:
+            self._before = _private_bytes()
+            self._thread = threading.Thread(target=self._sample, name="peak-memory", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._cuda is not None:
+            self.bytes = torch.cuda.max_memory_allocated(self._cuda) - self._before
+            return
+        self._done.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        while True:
+            self.bytes = max(self.bytes, _private_bytes() - self._before)
+            if self._done.wait(_INTERVAL):
+                return
+
+
+def _private_bytes() -> int:
+    memory = psutil.Process().memory_info()
+    return int(memory.rss - getattr(memory, "shared", 0))

@@ -1,0 +1,230 @@
+"""From a checkpoint and an artifact to a model that runs: every tensor of both files and every parameter of the model accounted for."""
+
+import gc
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from quantizers.blocks import decoder_blocks, layer_shape, linear_layers, output_matrix, replace
+from quantizers.errors import CorruptData, InvalidInput
+from quantizers.linear import QuantizedLinear
+from quantizers.recipe import Recipe
+from quantizers.scheme import FloatScheme
+from quantizers.shared import SharedKey, SharedTensors
+from quantizers.skeleton import DTYPES, match_tensors, put_tensor, serving_dtype, skeleton
+from quantizers.tensors import TensorSource
+from quantizers.weights import QuantizedScheme, QuantizedWeight, tensor_specs
+
+UNQUANTIZED_KERNEL = "torch"
+
+
+@dataclass
+class LoadedModel:
+    """A model in memory. `bytes` by kind sum to what it holds; `shared_weights` may be held for others too. `close` gives all back."""
+
+    model: PreTrainedModel
+    kernels: dict[str, int]  # kernel name -> linear layers that it runs; `torch` runs the unquantized ones
+    bytes: dict[str, int]  # `weights`: this variant's own; `shared_weights`: in the cache of shared tensors
+    bytes_by_dtype: dict[str, int]
+    _shared: SharedTensors
+    _keys: list[SharedKey] = field(default_factory=list)
+
+    def close(self) -> None:
+        """Release the shared tensors and drop the rest. A second call does nothing."""
+        keys, self._keys = self._keys, []
+        for key in keys:
+            self._shared.release(key)
+        for module in self.model.modules():  # whoever still refers to the model holds an empty one
+            module._parameters = dict.fromkeys(module._parameters)
+            module._buffers = dict.fromkeys(module._buffers)
+        gc.collect()
+
+
+@dataclass
+class _Plan:
+    """The empty model of a recipe, and where each of its tensors comes from."""
+
+    model: PreTrainedModel
+    quantized: dict[str, QuantizedLinear]  # by full name, filled from the artifact
+    tensors: dict[str, str]  # full name of a parameter or persistent buffer -> key in the checkpoint
+    own: set[str]  # keys of weights that no other recipe of this dtype uses
+    dtype: torch.dtype
+
+
+def load_model(
+    config: PretrainedConfig,
+    recipe: Recipe,
+    checkpoint: TensorSource,
+    artifact: TensorSource | None,
+    *,
+    device: str,
+    shared: SharedTensors,
+    checkpoint_key: str,
+) -> LoadedModel:
+    """Build the model of `config` in `recipe`'s precision on `device`. A baseline has no artifact.
+
+    `checkpoint_key` names the checkpoint's content: variants that are loaded with the same key and dtype share their unquantized
+    tensors. On the CPU a tensor that already has its dtype may be the source's own view of a file; it counts as held.
+
+    Raises CorruptData where a tensor is missing, left over, of another shape or format; InvalidInput where recipe and artifact do not
+    go together.
+    """
+    if recipe.is_baseline != (artifact is None):
+        raise InvalidInput(
+            f"{recipe.slug} is a baseline and has no artifact" if recipe.is_baseline else f"{recipe.slug} needs an artifact: quantize first"
+        )
+    target = torch.device(device)
+    plan = _plan(config, recipe, checkpoint, target)
+    if artifact is not None:
+        _fill_quantized(plan.quantized, artifact)
+    keys: list[SharedKey] = []
+    try:
+        _fill_unquantized(plan, checkpoint, target, shared, checkpoint_key, keys)
+        _fill_computed_buffers(plan.model, target)
+        return _measured(plan, shared, keys)
+    except BaseException:
+        for key in keys:
+            shared.release(key)
+        raise
+
+
+def predict_bytes(config: PretrainedConfig, recipe: Recipe, checkpoint: TensorSource, *, device: str = "cpu") -> dict[str, int]:
+    """What `load_model` will hold, by kind, from shapes alone: `weights` and `shared_weights`. Raises as `load_model` does."""
+    plan = _plan(config, recipe, checkpoint, torch.device(device))
+    sizes: dict[str, int] = {}
+    for name, key in plan.tensors.items():
+        sizes[key] = checkpoint_numel(checkpoint, key) * serving_dtype(plan.model, name, plan.dtype).itemsize
+    weights = sum(size for key, size in sizes.items() if key in plan.own)
+    shared = sum(size for key, size in sizes.items() if key not in plan.own)
+    weights += sum(buffer.nbytes for layer in plan.quantized.values() for buffer in layer.buffers())
+    weights += sum(buffer.nbytes for _, _, buffer in _computed_buffers(plan.model))
+    return {"weights": weights, "shared_weights": shared}
+
+
+def checkpoint_numel(checkpoint: TensorSource, key: str) -> int:
+    return torch.Size(checkpoint.shape(key)).numel()
+
+
+def _plan(config: PretrainedConfig, recipe: Recipe, checkpoint: TensorSource, device: torch.device) -> _Plan:
+    dtype = DTYPES[recipe.dtype]
+    model = skeleton(config, dtype)
+    tensors = match_tensors(model, checkpoint)
+    layers = recipe_layers(model, recipe)
+    quantized: dict[str, QuantizedLinear] = {}
+    own: set[str] = set()
+    if isinstance(recipe.scheme, FloatScheme):
+        blocks = decoder_blocks(model)
+        own = {tensors[f"{name}.weight"] for prefix, block in blocks.items() for name in linear_layers(block, prefix)}
+    for name, scheme in layers.items():
+        layer = model.get_submodule(name)
+        rows, columns = layer_shape(layer)
+        quantized[name] = QuantizedLinear(scheme, columns, rows, bias=layer.bias is not None, dtype=dtype, device=device)
+        del tensors[f"{name}.weight"]
+    replace(model, quantized)
+    return _Plan(model, quantized, tensors, own, dtype)
+
+
+def recipe_layers(model: PreTrainedModel, recipe: Recipe) -> dict[str, QuantizedScheme]:
+    """Full name -> number format of the layers of an unquantized `model` that `recipe` quantizes, in the order of the walk."""
+    layers: dict[str, QuantizedScheme] = {}
+    if not isinstance(recipe.scheme, FloatScheme):
+        for prefix, block in decoder_blocks(model).items():
+            layers |= dict.fromkeys(linear_layers(block, prefix), recipe.scheme)
+    if recipe.head is not None:
+        layers[output_matrix(model)] = recipe.head
+    return layers
+
+
+def _fill_quantized(layers: dict[str, QuantizedLinear], artifact: TensorSource) -> None:
+    expected = {
+        f"{name}.{tensor}": name
+        for name, layer in layers.items()
+        for tensor in tensor_specs(layer.scheme, layer.out_features, layer.in_features)
+    }
+    found = set(artifact.keys())
+    if found != expected.keys():
+        missing, unexpected = sorted(expected.keys() - found)[:5], sorted(found - expected.keys())[:5]
+        raise CorruptData(f"the artifact is not this recipe's: it lacks {missing or 'nothing'} and has {unexpected or 'nothing'} beyond it")
+    for name, layer in layers.items():
+        tensors = {tensor: artifact.get(f"{name}.{tensor}") for tensor in tensor_specs(layer.scheme, layer.out_features, layer.in_features)}
+        try:
+            layer.load(QuantizedWeight(layer.scheme, layer.out_features, layer.in_features, tensors))
+        except CorruptData as error:
+            raise CorruptData(f"{name}: {error.message}") from error
+
+
+def _fill_unquantized(
+    plan: _Plan, checkpoint: TensorSource, device: torch.device, shared: SharedTensors, checkpoint_key: str, keys: list[SharedKey]
+) -> None:
+    """Tied names get one Parameter. What is acquired from `shared` is noted in `keys` at once, so that a failure can give it back."""
+    parameters: dict[str, nn.Parameter] = {}
+    for name, key in plan.tensors.items():
+        if key not in parameters:
+            dtype = serving_dtype(plan.model, name, plan.dtype)
+            if key in plan.own:
+                tensor = _fetch(checkpoint, key, dtype, device)
+            else:
+                shared_key = (checkpoint_key, key, dtype, device)
+                tensor = shared.acquire(shared_key, lambda key=key, dtype=dtype: _fetch(checkpoint, key, dtype, device))  # type: ignore[misc]
+                keys.append(shared_key)
+            parameters[key] = nn.Parameter(tensor, requires_grad=False)
+            parameters[key]._is_hf_initialized = True  # type: ignore[attr-defined]  # or transformers would draw it anew
+        put_tensor(plan.model, name, parameters[key])
+
+
+def _fetch(checkpoint: TensorSource, key: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    tensor = checkpoint.get(key)
+    if not tensor.is_floating_point():
+        return tensor.to(device)
+    return tensor.to(device=device, dtype=dtype)
+
+
+def _computed_buffers(model: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
+    """(module, name, buffer) of every buffer that no file holds, such as the rotary frequencies."""
+    return [
+        (module, name, module._buffers[name])  # type: ignore[misc]
+        for module in model.modules()
+        for name in sorted(module._non_persistent_buffers_set)
+        if module._buffers[name] is not None
+    ]
+
+
+def _fill_computed_buffers(model: PreTrainedModel, device: torch.device) -> None:
+    """As `from_pretrained` does: the model's own initialization fills what was not loaded, and leaves what was."""
+    for module, name, buffer in _computed_buffers(model):
+        module._buffers[name] = torch.empty_like(buffer, device=device)
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module._is_hf_initialized = True  # type: ignore[assignment]
+    model.initialize_weights()
+
+
+def _measured(plan: _Plan, shared: SharedTensors, keys: list[SharedKey]) -> LoadedModel:
+    held: dict[int, Tensor] = {}
+    for name, tensor in [*plan.model.named_parameters(), *plan.model.named_buffers()]:
+        if tensor.device.type == "meta":
+            raise CorruptData(f"{name} was filled by neither the checkpoint nor the artifact nor the model's own initialization")
+        held[id(tensor)] = tensor
+    total = sum(tensor.nbytes for tensor in held.values())
+    by_dtype: Counter[str] = Counter()
+    for tensor in held.values():
+        by_dtype[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
+    shared_keys = {key for key in plan.tensors.values() if key not in plan.own}
+    shared_bytes = sum({key: _tensor(plan.model, name).nbytes for name, key in plan.tensors.items() if key in shared_keys}.values())
+    kernels = Counter(
+        module.kernel if isinstance(module, QuantizedLinear) else UNQUANTIZED_KERNEL
+        for module in plan.model.modules()
+        if isinstance(module, QuantizedLinear | nn.Linear | Conv1D)
+    )
+    return LoadedModel(
+        plan.model, dict(kernels), {"weights": total - shared_bytes, "shared_weights": shared_bytes}, dict(by_dtype), shared, keys
+    )
+
+
+def _tensor(model: nn.Module, name: str) -> Tensor:
+    parent, _, attribute = name.rpartition(".")
+    return getattr(model.get_submodule(parent), attribute)  # type: ignore[no-any-return]

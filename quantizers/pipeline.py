@@ -1,0 +1,182 @@
+"""The walk over a checkpoint, one decoder block at a time: materialise a block, let the methods work, write what they chose, free it.
+
+The peak is one block in fp32 and a layer's scratch space, whatever the size of the model; the quantized tensors leave through the sink.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+from transformers.pytorch_utils import Conv1D
+
+from quantizers.blocks import decoder_blocks, layer_shape, linear_layers
+from quantizers.errors import InvalidInput, QuantizationFailed
+from quantizers.memory import PeakMemory
+from quantizers.methods.rtn import quantize_nearest
+from quantizers.model import recipe_layers
+from quantizers.recipe import Recipe
+from quantizers.scheme import FloatScheme
+from quantizers.skeleton import match_tensors, put_tensor, skeleton
+from quantizers.tensors import TensorSink, TensorSource
+from quantizers.weights import QuantizedScheme, QuantizedWeight
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is. `seconds_left` is None until there is something to estimate it from."""
+
+    stage: str
+    done: int
+    total: int
+    seconds_left: float | None
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    name: str
+    scheme: str
+    kind: str  # the module's class in the checkpoint's own architecture
+    relative_error: float  # ||w - w_quantized|| / ||w||, Frobenius; 0 for a weight of zeros
+    bytes: int
+
+
+@dataclass(frozen=True)
+class QuantizationResult:
+    """`bytes` is what went into the sink; `peak_bytes` the most that the run held beyond what the process held before, measured."""
+
+    layers: tuple[LayerResult, ...]
+    bytes: int
+    seconds: float
+    peak_bytes: int
+
+
+class Block:
+    """One decoder block in fp32, as a method sees it.
+
+    `linears`: full name -> layer with real weights, `[out_features, in_features]` (GPT-2's transposed layers are shown as `nn.Linear`
+    over the same memory). A method may change weights in place, and hands every layer over with `put`.
+    """
+
+    def __init__(self, name: str, module: nn.Module, scheme: QuantizedScheme, take: Callable[[str, QuantizedWeight, Tensor], None]) -> None:
+        self.name = name
+        self.module = module
+        self.scheme = scheme
+        self.linears = {full: _as_linear(layer) for full, layer in linear_layers(module, name).items()}
+        self._take = take
+        self._left = set(self.linears)
+
+    def put(self, name: str, weight: QuantizedWeight) -> None:
+        """Hand over the quantized weight of the layer `name`; its error is taken against the weight that `linears[name]` holds now."""
+        if name not in self._left:
+            raise QuantizationFailed("was handed over twice or is no layer of this block", layer=name)
+        self._left.remove(name)
+        self._take(name, weight, self.linears[name].weight)
+
+    def check_complete(self) -> None:
+        if self._left:
+            raise QuantizationFailed(f"the method left {len(self._left)} layers of this block unquantized", layer=min(self._left))
+
+
+def _as_linear(layer: nn.Module) -> nn.Linear:
+    if isinstance(layer, nn.Linear):
+        return layer
+    assert isinstance(layer, Conv1D)
+    rows, columns = layer_shape(layer)
+    linear = nn.Linear(columns, rows, bias=False, device="meta")
+    linear.weight = nn.Parameter(layer.weight.T, requires_grad=False)
+    linear.bias = layer.bias
+    return linear
+
+
+def quantize(
+    config: PretrainedConfig,
+    source: TensorSource,
+    recipe: Recipe,
+    sink: TensorSink,
+    *,
+    device: str = "cpu",
+    progress: Callable[[Progress], None] = lambda _: None,
+    seed: int = 0,
+) -> QuantizationResult:
+    """Quantize the checkpoint `source` by `recipe`; every quantized tensor goes to `sink` as `<layer>.<tensor>`, on the CPU.
+
+    Raises QuantizationFailed naming the layer or tensor at which it stopped, CorruptData where the checkpoint does not fit its config,
+    InvalidInput for a baseline or an architecture without a stack of decoder blocks. What `progress` raises ends the run.
+    """
+    if isinstance(recipe.scheme, FloatScheme):
+        raise InvalidInput(f"{recipe.slug} is a baseline: there is nothing to quantize, load it as it is", param="model")
+    with PeakMemory(device) as peak, torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        walk = _Walk(config, source, recipe, sink, torch.device(device), progress)
+        walk.blocks()
+        walk.head()
+    return QuantizationResult(tuple(walk.results), sum(layer.bytes for layer in walk.results), walk.elapsed(), peak.bytes)
+
+
+class _Walk:
+    """One run's state."""
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        source: TensorSource,
+        recipe: Recipe,
+        sink: TensorSink,
+        device: torch.device,
+        progress: Callable[[Progress], None],
+    ) -> None:
+        self._started = time.monotonic()
+        self._model = skeleton(config, torch.float32)
+        self._keys = match_tensors(self._model, source)
+        self._layers = recipe_layers(self._model, recipe)
+        self._kinds = {name: type(self._model.get_submodule(name)).__name__ for name in self._layers}
+        self._source, self._recipe, self._sink, self._device, self._progress = source, recipe, sink, device, progress
+        self.results: list[LayerResult] = []
+
+    def elapsed(self) -> float:
+        return time.monotonic() - self._started
+
+    def blocks(self) -> None:
+        scheme = self._recipe.scheme
+        assert not isinstance(scheme, FloatScheme)
+        for name, module in decoder_blocks(self._model).items():
+            self._materialise(name, module)
+            block = Block(name, module, scheme, self._take)
+            for method in self._recipe.methods:
+                method.apply(block)
+            block.check_complete()
+            module.to("meta")
+
+    def head(self) -> None:
+        if self._recipe.head is None:
+            return
+        name = next(reversed(self._layers))
+        weight = self._fetch(self._keys[f"{name}.weight"])
+        self._take(name, quantize_nearest(weight, self._recipe.head, layer=name), weight)
+
+    def _materialise(self, prefix: str, module: nn.Module) -> None:
+        for name in module.state_dict():
+            full = f"{prefix}.{name}"
+            put_tensor(self._model, full, self._fetch(self._keys[full]))
+
+    def _fetch(self, key: str) -> Tensor:
+        """A copy in fp32, since methods change weights and the source's may be a mapped file."""
+        tensor = self._source.get(key).to(device=self._device, dtype=torch.float32, copy=True)
+        if not bool(torch.isfinite(tensor).all()):
+            raise QuantizationFailed("holds NaN or infinity: the checkpoint is damaged", layer=key)
+        return tensor
+
+    def _take(self, name: str, quantized: QuantizedWeight, weight: Tensor) -> None:
+        norm = torch.linalg.vector_norm(weight)
+        error = torch.linalg.vector_norm(weight - quantized.dequantize())
+        relative = (error / norm).item() if norm > 0 else error.item()
+        if not relative < float("inf"):
+            raise QuantizationFailed(f"its quantized weights are off by {relative}: the method produced no usable numbers", layer=name)
+        for tensor_name, tensor in quantized.tensors.items():
+            self._sink(f"{name}.{tensor_name}", tensor.cpu())
+        self.results.append(LayerResult(name, quantized.scheme.slug, self._kinds[name], relative, quantized.bytes))
+        done, total = len(self.results), len(self._layers)
+        self._progress(Progress("quantize", done, total, self.elapsed() / done * (total - done)))

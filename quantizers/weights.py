@@ -1,0 +1,142 @@
+"""The tensors of one quantized weight matrix `[out_features, in_features]`: their names, shapes and dtypes, and what they mean.
+
+This is the form in which methods hand a layer over, in which artifacts store it, and from which kernels prepare their own. `G` is the
+number of groups of a row; a per-channel format has one.
+
+    integer   codes      uint8 [out, packed_width(in)]   codes from 0 up, packed; w8 symmetric: int8 [out, in], two's complement
+              scale      fp16  [out, G]
+              zero_point uint8 [out, G]                  `z` only
+              minimum    fp16  [out, G]                  `m` only
+    bnb int8  codes      int8  [out, in]
+              absmax     fp32  [out]                     w = codes * absmax / 127
+    bnb 4 bit codes      uint8 [ceil(out * in / 2)]      row-major codes of the flattened matrix, the first in the high nibble
+              absmax     fp32  [ceil(out * in / 64)]     w = table[code] * absmax
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from quantizers.errors import CorruptData
+from quantizers.packing import packed_width, unpack
+from quantizers.scheme import BnbScheme, IntegerScheme
+
+QuantizedScheme = IntegerScheme | BnbScheme
+Spec = tuple[tuple[int, ...], torch.dtype]
+
+BNB_BLOCK = 64
+# Dettmers et al. 2023, QLoRA (arXiv 2305.14314), appendix E: the quantiles of a normal distribution, by code.
+NF4_TABLE = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+# Sign, two bits of exponent, one of fraction, by code; divided by the largest magnitude.
+FP4_TABLE = tuple(sign * value / 12 for sign in (1, -1) for value in (0, 0.0625, 8, 12, 4, 6, 2, 3))
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """One layer's weight in `scheme`. Raises CorruptData where `tensors` are not exactly those that the scheme has."""
+
+    scheme: QuantizedScheme
+    out_features: int
+    in_features: int
+    tensors: dict[str, Tensor]
+
+    def __post_init__(self) -> None:
+        specs = tensor_specs(self.scheme, self.out_features, self.in_features)
+        if self.tensors.keys() != specs.keys():
+            raise CorruptData(f"a weight in {self.scheme.slug} has the tensors {sorted(specs)}, not {sorted(self.tensors)}")
+        for name, (shape, dtype) in specs.items():
+            found = self.tensors[name]
+            if tuple(found.shape) != shape or found.dtype != dtype:
+                raise CorruptData(
+                    f"{name} of a weight [{self.out_features}, {self.in_features}] in {self.scheme.slug} is {dtype} {list(shape)}, "
+                    f"not {found.dtype} {list(found.shape)}"
+                )
+            if found.is_floating_point() and not bool(torch.isfinite(found).all()):
+                raise CorruptData(f"{name} of a weight in {self.scheme.slug} holds values that are not finite")
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def dequantize(self) -> Tensor:
+        """fp32 [out_features, in_features]."""
+        return dequantize(self.scheme, self.out_features, self.in_features, self.tensors)
+
+    def to(self, device: torch.device) -> "QuantizedWeight":
+        moved = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+        return QuantizedWeight(self.scheme, self.out_features, self.in_features, moved)
+
+
+def groups(scheme: IntegerScheme, in_features: int) -> int:
+    """Groups of a row. The last one may not be ragged: whoever quantizes checks `fits`."""
+    return in_features // scheme.group_size if scheme.group_size else 1
+
+
+def fits(scheme: QuantizedScheme, in_features: int) -> bool:
+    """Whether rows of `in_features` can be cut into the scheme's groups."""
+    return not isinstance(scheme, IntegerScheme) or scheme.group_size is None or in_features % scheme.group_size == 0
+
+
+def tensor_specs(scheme: QuantizedScheme, out_features: int, in_features: int) -> dict[str, Spec]:
+    """Name -> (shape, dtype) of the tensors that hold a weight `[out_features, in_features]`."""
+    if isinstance(scheme, BnbScheme):
+        if scheme.format == "int8":
+            return {"codes": ((out_features, in_features), torch.int8), "absmax": ((out_features,), torch.float32)}
+        size = out_features * in_features
+        return {"codes": ((-(-size // 2),), torch.uint8), "absmax": ((-(-size // BNB_BLOCK),), torch.float32)}
+    per_group = (out_features, groups(scheme, in_features))
+    width = packed_width(in_features, scheme.weight_bits)
+    specs: dict[str, Spec] = {
+        "codes": ((out_features, width), torch.int8 if is_plain_int8(scheme) else torch.uint8),
+        "scale": (per_group, torch.float16),
+    }
+    if scheme.zero == "integer":
+        specs["zero_point"] = (per_group, torch.uint8)
+    if scheme.zero == "minimum":
+        specs["minimum"] = (per_group, torch.float16)
+    return specs
+
+
+def is_plain_int8(scheme: IntegerScheme) -> bool:
+    """Symmetric bytes are stored in two's complement, as every int8 product reads them; all other codes count from 0."""
+    return scheme.weight_bits == 8 and scheme.symmetric
+
+
+def dequantize(scheme: QuantizedScheme, out_features: int, in_features: int, tensors: Mapping[str, Tensor]) -> Tensor:
+    """fp32 [out_features, in_features]: the weights that the codes stand for."""
+    if isinstance(scheme, IntegerScheme):
+        return _dequantize_integer(scheme, out_features, in_features, tensors)
+    codes, absmax = tensors["codes"], tensors["absmax"]
+    if scheme.format == "int8":
+        return codes.float() * (absmax / 127).unsqueeze(-1)
+    size = out_features * in_features
+    values = table(scheme.format, codes.device)[torch.stack((codes >> 4, codes & 0xF), -1).view(-1).int()][:size]
+    blocks = torch.nn.functional.pad(values, (0, -size % BNB_BLOCK)).view(-1, BNB_BLOCK) * absmax.unsqueeze(-1)
+    return blocks.view(-1)[:size].view(out_features, in_features)
+
+
+def _dequantize_integer(scheme: IntegerScheme, out_features: int, in_features: int, tensors: Mapping[str, Tensor]) -> Tensor:
+    codes = unpack(tensors["codes"], scheme.weight_bits, in_features).float()
+    grouped = codes.view(out_features, groups(scheme, in_features), -1)
+    if scheme.symmetric and not is_plain_int8(scheme):
+        grouped = grouped - (1 << (scheme.weight_bits - 1))
+    elif scheme.zero == "integer":
+        grouped = grouped - tensors["zero_point"].float().unsqueeze(-1)
+    grouped = grouped * tensors["scale"].float().unsqueeze(-1)
+    if scheme.zero == "minimum":
+        grouped = grouped + tensors["minimum"].float().unsqueeze(-1)
+    return grouped.view(out_features, in_features)
+
+
+@cache
+def table(format_: str, device: torch.device) -> Tensor:
+    """fp32 [16]: what each code of `nf4` or `fp4` stands for, in units of its block's absmax."""
+    return torch.tensor(NF4_TABLE if format_ == "nf4" else FP4_TABLE, device=device)
