@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from model_store.formats.gguf_header import GgufHeader, read_gguf_header
@@ -46,16 +47,18 @@ def convert_gguf_apart(gguf: Path, target: Path, progress: Progress | None = Non
     report = progress or _no_progress
     read_gguf_header(gguf)  # most bad files are refused without starting a process
     command = [sys.executable, "-m", "model_store.formats.gguf", str(gguf), str(target)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None and process.stderr is not None
-        failure: dict[str, Any] | None = None
+    failure: dict[str, Any] | None = None
+    with TemporaryFile("w+") as words, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=words, text=True) as process:
+        assert process.stdout is not None
         for line in process.stdout:
             message = json.loads(line)
             if "error" in message:
                 failure = message["error"]
             else:
                 report(message["stage"], message["share"])
-        last_words = process.stderr.read().strip().splitlines()[-1:]
+        process.wait()
+        words.seek(0)
+        last_words = words.read().strip().splitlines()[-1:]
     if failure is not None:
         kind: type[PrecisError] = getattr(errors, failure["kind"])
         raise kind(failure["message"], param=failure["param"], code=failure["code"])
@@ -136,10 +139,11 @@ def _no_progress(stage: str, share: float) -> None:
 
 
 def _main(gguf: str, target: str) -> int:
-    """Progress and error as lines of JSON on the standard output."""
+    """Progress and error as lines of JSON on the standard output; what libraries print goes to the other one."""
+    output, sys.stdout = sys.stdout, sys.stderr
 
     def say(message: dict[str, Any]) -> None:
-        print(json.dumps(message), flush=True)
+        print(json.dumps(message), file=output, flush=True)
 
     try:
         convert_gguf(Path(gguf), Path(target), lambda stage, share: say({"stage": stage, "share": share}))

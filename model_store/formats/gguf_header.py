@@ -19,6 +19,7 @@ from pathlib import Path
 
 from quantizers.errors import InvalidInput
 
+MAGIC = int.from_bytes(b"GGUF", "little")
 MAX_PAIRS = 1 << 14  # real files have tens; the reader after us takes memory for each
 MAX_TENSORS = 1 << 16
 MAX_ARRAY_ITEMS = 1 << 22  # over all arrays: a vocabulary of 256,000 with scores, types and merges has a million
@@ -46,8 +47,8 @@ def read_gguf_header(path: Path) -> GgufHeader:
     """Raises InvalidInput, naming the file and the place, for anything that is no whole GGUF file of version 2 or 3."""
     with _mapped(path) as data:
         walk = _Walk(data, path)
-        magic, version, tensor_count, pair_count = walk.unpack("4sIQQ")
-        if magic != b"GGUF":
+        magic, version, tensor_count, pair_count = walk.unpack("IIQQ")
+        if magic != MAGIC:
             raise walk.broken("it does not begin with the letters GGUF")
         if version not in (2, 3):
             raise walk.broken(f"version {version} (or another byte order); 2 and 3 are read")

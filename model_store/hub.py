@@ -1,0 +1,50 @@
+"""A model of a Hugging Face hub as local files: only safetensors and text, into huggingface_hub's own cache, offline mode honoured."""
+
+from pathlib import Path
+
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from model_store.inspection import KEPT
+from quantizers.errors import InvalidInput, NotFound
+
+
+def download(repo_id: str, revision: str | None = None) -> dict[str, Path]:
+    """The files of `repo_id` at `revision` (a branch, tag or commit; the default branch where None) by name, as paths without links.
+
+    Blocks for the download; huggingface_hub draws its bars where a terminal is. Folders of the repository are left out, and so is all
+    that is neither safetensors, JSON, a tokenizer nor a template. Raises NotFound and InvalidInput.
+    """
+    try:
+        snapshot = Path(
+            snapshot_download(repo_id, revision=revision, allow_patterns=[f"*{suffix}" for suffix in KEPT], ignore_patterns=["*/*"])
+        )
+    except HFValidationError as error:
+        raise InvalidInput(f"{repo_id[:120]!r} is no Hugging Face id: it reads owner/name", param="repo_id") from error
+    except RevisionNotFoundError as error:
+        raise NotFound(f"{repo_id} has no revision {revision!r} on {constants.ENDPOINT}", param="revision") from error
+    except GatedRepoError as error:
+        raise NotFound(f"{repo_id} is gated: accept its terms on {constants.ENDPOINT} and set HF_TOKEN", param="repo_id") from error
+    except RepositoryNotFoundError as error:
+        raise NotFound(f"no model {repo_id} on {constants.ENDPOINT}; a private one needs HF_TOKEN", param="repo_id") from error
+    except LocalEntryNotFoundError as error:  # offline by setting, or by the state of the network
+        raise NotFound(
+            f"{repo_id} is not whole in the cache {constants.HF_HUB_CACHE} and {constants.ENDPOINT} could not be asked "
+            f"(HF_HUB_OFFLINE is {'on' if constants.is_offline_mode() else 'off'})",
+            param="repo_id",
+        ) from error
+    except HfHubHTTPError as error:
+        raise NotFound(f"{constants.ENDPOINT} did not give {repo_id}: {error}", param="repo_id") from error
+    files = {path.name: path.resolve() for path in snapshot.iterdir() if path.name.endswith(KEPT)}
+    home = snapshot.parent.parent.resolve()  # <cache>/models--owner--name; the snapshot's links lead to its blobs
+    for filename, path in files.items():
+        if not path.is_relative_to(home):
+            raise InvalidInput(f"{filename} of {repo_id} leads out of the cache of that model", param="repo_id")
+    return files
