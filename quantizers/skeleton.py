@@ -2,6 +2,7 @@
 
 import copy
 import re
+import threading
 
 import torch
 from torch import nn
@@ -10,6 +11,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from quantizers.errors import CorruptData, InvalidInput
 from quantizers.tensors import TensorSource
 
+# Building a model sets torch's default dtype, which is one for all threads of the process: whoever computes beside a thread that
+# loads holds this meanwhile.
+BUILDING = threading.Lock()
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Buffers that old checkpoints stored and that every model now computes; transformers passes over them too.
 _COMPUTED = (r"(^|\.)rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"(^|\.)attn\.(masked_)?bias$")
@@ -23,7 +27,7 @@ def skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     Raises InvalidInput where transformers has no such architecture.
     """
     try:
-        with torch.device("meta"):
+        with BUILDING, torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
                 copy.deepcopy(config), dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
             )
