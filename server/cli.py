@@ -12,8 +12,9 @@ from pydantic_settings import SettingsError
 
 from quantizers.errors import InvalidInput, NotFound, PrecisError
 from server.settings import Settings
+from server.sources import DEMO
 
-DEMO = "smollm2-135m-instruct"
+
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -32,7 +32,7 @@ def main() -> int:
         _send(lines, {"progress": asdict(progress)})
 
     try:
-        manifest = make_variant(Store.open(arguments.data_dir), arguments.checkpoint, arguments.recipe, device=arguments.device, progress=report)
+        manifest = make_variant(Store(arguments.data_dir), arguments.checkpoint, arguments.recipe, device=arguments.device, progress=report)
     except PrecisError as error:
         _send(lines, {"error": {"kind": type(error).__name__, "message": error.message, "param": error.param, "code": error.code}})
         return 1

@@ -1,0 +1,34 @@
+"""Progress on the terminal: a bar with time left where standard error is one, a line per stage where it is not."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+Share = Callable[[str, float], None]  # stage, share done from 0 to 1
+
+
+@contextmanager
+def bar(title: str) -> Iterator[Share]:
+    """A bar on standard error for the time of the block; what is yielded moves it."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _Lines(title, console)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(title, total=1.0)
+        yield lambda stage, share: progress.update(task, description=f"{title}: {stage}", completed=share)
+
+
+class _Lines:
+    """The same without a terminal: every stage once, so that a log stays readable."""
+
+    def __init__(self, title: str, console: Console) -> None:
+        self._title, self._console, self._stage = title, console, ""
+
+    def __call__(self, stage: str, _share: float) -> None:
+        if stage != self._stage:
+            self._stage = stage
+            self._console.print(f"{self._title}: {stage}", highlight=False)
