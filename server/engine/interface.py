@@ -56,7 +56,7 @@ class Request(_Message):
 
 
 class TokenLogprob(_Message):
-    """Natural-log probability of `token_id` under the unmodified model distribution (before temperature and penalties), and the top N of that position."""
+    """Natural-log probability of `token_id` under the unmodified distribution (no temperature, no penalties), with the top N there."""
 
     token_id: int
     logprob: float
@@ -78,7 +78,7 @@ class Token(_Message):
 
 
 class Finished(_Message):
-    """Last event of a request that ended well. `stop` covers end of sequence and stop token ids; that last token was not sent as a Token event."""
+    """Last event of a request that ended well. `stop`: an end of sequence or stop token id; that token was not sent as a Token event."""
 
     event: Literal["finished"] = "finished"
     reason: FinishReason
@@ -144,6 +144,8 @@ class StepStats(_Message):
     waiting: dict[str, int]
     kv_cache_usage: dict[str, float]
     memory: MemoryInfo
+    nonfinite_logits: dict[str, int] = {}  # requests failed for NaN or infinite logits, since the engine started; restarts included
+    evictions: dict[str, int] = {}  # variants that made room for others, counted likewise
 
 
 class Engine(Protocol):

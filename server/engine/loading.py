@@ -1,0 +1,115 @@
+"""From a variant's folders to something that runs: config, end tokens, context length, tensors. The `Loader` that `residents` uses."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PretrainedConfig
+
+from model_store.formats.safetensors import SafetensorsSource
+from quantizers.errors import CorruptData, InvalidInput, NotFound
+from quantizers.model import LoadedModel, load_model, predict_bytes
+from quantizers.recipe import Recipe, parse_recipe
+from quantizers.shared import SharedTensors
+from server.engine.interface import VariantSpec
+from server.engine.runner import Runner
+from server.residency import Claim
+
+
+class Variant:
+    """A loaded model with its runner; see `residents.LoadedVariant`."""
+
+    def __init__(self, loaded: LoadedModel, runner: Runner, claim: Claim) -> None:
+        self._loaded = loaded
+        self.runner = runner
+        self.claim = claim
+        self.kernels = loaded.kernels
+        self.bytes_by_dtype = loaded.bytes_by_dtype
+
+    def close(self) -> None:
+        """Give the memory back; a second call does nothing."""
+        self._loaded.close()
+
+
+class FolderLoader:
+    """Loads variants from checkpoint and artifact folders onto one device; unquantized tensors are shared between them."""
+
+    def __init__(self, device: torch.device, *, max_model_len: int | None = None) -> None:
+        """`max_model_len` lowers the context of every model; None leaves what the checkpoints allow."""
+        self._device = device
+        self._max_model_len = max_model_len
+        self._shared = SharedTensors()
+
+    def predict(self, spec: VariantSpec) -> Claim:
+        """What `load` will hold, from the headers of the files. Raises as `load` does."""
+        config, recipe, checkpoint = _open(spec)
+        return _claim(spec, recipe, predict_bytes(config, recipe, checkpoint, device=str(self._device)))
+
+    def load(self, spec: VariantSpec) -> Variant:
+        """Raises NotFound for a folder that is not there, CorruptData for files that do not fit each other, UnknownRecipe."""
+        config, recipe, checkpoint = _open(spec)
+        artifact = None if spec.artifact_dir is None else _tensors(Path(spec.artifact_dir))
+        max_model_len = _context_length(config, self._max_model_len)
+        eos_ids = end_of_sequence(config, Path(spec.checkpoint_dir))
+        loaded = load_model(
+            config, recipe, checkpoint, artifact, device=str(self._device), shared=self._shared, checkpoint_key=spec.checkpoint_dir
+        )
+        try:
+            runner = Runner(loaded.model, config, eos_ids=eos_ids, max_model_len=max_model_len)
+            return Variant(loaded, runner, _claim(spec, recipe, loaded.bytes))
+        except BaseException:
+            loaded.close()
+            raise
+
+
+def _open(spec: VariantSpec) -> tuple[PretrainedConfig, Recipe, SafetensorsSource]:
+    folder = Path(spec.checkpoint_dir)
+    recipe = parse_recipe(spec.key.precision)
+    if not (folder / "config.json").is_file():
+        raise NotFound(f"the checkpoint {spec.key.model!r} has no config.json in its folder: import it again", param="model")
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (ValueError, OSError, KeyError) as error:
+        raise CorruptData(f"the config.json of {spec.key.model!r} is not one that transformers reads: {error}") from error
+    return config, recipe, _tensors(folder)
+
+
+def _tensors(folder: Path) -> SafetensorsSource:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise NotFound(f"the folder {folder.name!r} holds no safetensors files: import or quantize again", param="model")
+    return SafetensorsSource(files)
+
+
+def _claim(spec: VariantSpec, recipe: Recipe, sizes: dict[str, int]) -> Claim:
+    """What every recipe of one dtype leaves alone is one shared item: their sets of such tensors lie inside each other."""
+    return Claim({"weights": sizes["weights"]}, {f"{spec.checkpoint_dir}:{recipe.dtype}": sizes["shared_weights"]})
+
+
+def _context_length(config: PretrainedConfig, ceiling: int | None) -> int:
+    text: Any = config.get_text_config(decoder=True)
+    own = getattr(text, "max_position_embeddings", None)
+    if own is None and ceiling is None:
+        raise InvalidInput(
+            f"the config of this {config.model_type} checkpoint names no max_position_embeddings: set a maximum model length", param="model"
+        )
+    return min(int(length) for length in (own, ceiling) if length is not None)
+
+
+def end_of_sequence(config: PretrainedConfig, checkpoint_dir: Path) -> frozenset[int]:
+    """Ids that end a sequence: those of generation_config.json and of the config, as transformers' generate takes them."""
+    found = [getattr(config.get_text_config(decoder=True), "eos_token_id", None), getattr(config, "eos_token_id", None)]
+    file = checkpoint_dir / "generation_config.json"
+    if file.is_file():
+        try:
+            found.append(json.loads(file.read_text(encoding="utf-8")).get("eos_token_id"))
+        except (ValueError, AttributeError) as error:
+            raise CorruptData(f"generation_config.json is not a JSON object: {error}") from error
+    ids: set[int] = set()
+    for value in found:
+        for token in value if isinstance(value, list) else [value]:
+            if token is not None and not (isinstance(token, int) and token >= 0):
+                raise CorruptData(f"eos_token_id is {value!r}: it must be a token id or a list of them")
+            ids |= set() if token is None else {token}
+    return frozenset(ids)

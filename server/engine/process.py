@@ -1,0 +1,146 @@
+"""One worker process from start to end: its socket, its log lines, its last words. What is said over the socket is `client`'s matter."""
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+from collections import deque
+from dataclasses import dataclass
+from typing import Self
+
+from quantizers.errors import EngineUnavailable
+from server.engine.messages import FrameError, Hello, decode_report, read_frame
+
+logger = logging.getLogger("server.engine.worker")
+
+_TERMINATE_SECONDS = 5.0  # from SIGTERM to SIGKILL: one step, and the last reports
+_EXIT_SECONDS = 2.0  # from the end of the socket to the end of the process
+_LEVELS = {"DEBUG": logging.DEBUG, "INFO": logging.INFO, "WARNING": logging.WARNING, "ERROR": logging.ERROR, "CRITICAL": logging.CRITICAL}
+
+
+@dataclass(frozen=True)
+class WorkerOptions:
+    """None leaves the choice to the worker: 80 % of the free memory, every core of the process, the checkpoint's own context."""
+
+    device: str = "auto"
+    memory_budget_bytes: int | None = None
+    max_waiting: int = 64
+    threads: int | None = None
+    max_model_len: int | None = None
+
+    def arguments(self) -> list[str]:
+        named = {
+            "--device": self.device,
+            "--memory-budget-bytes": self.memory_budget_bytes,
+            "--max-waiting": self.max_waiting,
+            "--threads": self.threads,
+            "--max-model-len": self.max_model_len,
+        }
+        return [word for name, value in named.items() if value is not None for word in (name, str(value))]
+
+
+class WorkerProcess:
+    """A worker that said hello. `reader` and `writer` are its socket."""
+
+    def __init__(self, process: asyncio.subprocess.Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader, self.writer = reader, writer
+        self._process = process
+        self._last_lines: deque[str] = deque(maxlen=3)
+        assert process.stderr is not None
+        self._log = asyncio.create_task(self._pass_on(process.stderr), name="engine-log")
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @classmethod
+    async def start(cls, options: WorkerOptions, timeout_seconds: float) -> Self:
+        """Start a worker and wait for its hello. Raises EngineUnavailable, and leaves no process, where it does not come in time."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        with theirs:
+            # -P: a folder named `server` where the user happens to stand is not ours.
+            command = [sys.executable, "-P", "-m", "server.engine.worker", "--socket-fd", str(theirs.fileno()), *options.arguments()]
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    *command,
+                    pass_fds=[theirs.fileno()],
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stderr=asyncio.subprocess.PIPE,
+                    env=_environment(),
+                )
+            except OSError as error:
+                ours.close()
+                raise EngineUnavailable(f"the engine's process cannot be started: {error}") from error
+        worker = cls(process, *await asyncio.open_unix_connection(sock=ours))
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                body = await read_frame(worker.reader)
+            if body is not None and isinstance(decode_report(body), Hello):
+                return worker
+            why = "its first words are not the protocol's" if body is not None else None
+        except (TimeoutError, FrameError) as error:
+            why = f"no hello within {timeout_seconds:g} s" if isinstance(error, TimeoutError) else str(error)
+        except BaseException:
+            await worker.finish()
+            raise
+        death = await worker.finish()
+        raise EngineUnavailable(f"the engine's process did not come up: {why or death}")
+
+    async def terminate(self) -> None:
+        """SIGTERM, then SIGKILL for one that does not end; what it reports meanwhile is still to be read by who reads `reader`."""
+        if self._process.returncode is None:
+            self._process.terminate()
+            try:
+                await asyncio.wait_for(self._process.wait(), _TERMINATE_SECONDS)
+            except TimeoutError:
+                logger.warning("the engine's process did not end within %g s of SIGTERM and is killed", _TERMINATE_SECONDS)
+                self._kill()
+
+    async def finish(self) -> str:
+        """Close the socket, which ends the process; wait, kill if need be. Returns how it died, for people."""
+        self.writer.close()
+        try:
+            await asyncio.wait_for(self._process.wait(), _EXIT_SECONDS)
+        except TimeoutError:
+            self._kill()
+            await self._process.wait()
+        await self._log
+        return self._death()
+
+    def _kill(self) -> None:
+        if self._process.returncode is None:
+            self._process.kill()
+
+    def _death(self) -> str:
+        code = self._process.returncode
+        assert code is not None, "finish() has waited"
+        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+        words = f" (last words: {' | '.join(self._last_lines)})" if code > 0 and self._last_lines else ""
+        return f"its process ended, {how}{words}"
+
+    async def _pass_on(self, stream: asyncio.StreamReader) -> None:
+        """The worker's stderr as log lines here; what is no log line of its own, such as a traceback, as warnings."""
+        pending = b""
+        while chunk := await stream.read(1 << 16):
+            *lines, pending = (pending + chunk).split(b"\n")
+            if len(pending) > 1 << 16:  # a line without an end must not grow here
+                lines.append(pending)
+                pending = b""
+            for line in lines:
+                self._log_line(line)
+        if pending:
+            self._log_line(pending)
+
+    def _log_line(self, line: bytes) -> None:
+        text = line.decode("utf-8", errors="replace").rstrip()
+        if text:
+            word, _, rest = text.partition(" ")
+            logger.log(_LEVELS.get(word, logging.WARNING), "%s", rest if word in _LEVELS else text)
+            self._last_lines.append(text)
+
+
+def _environment() -> dict[str, str]:
+    """The server's, with the hub's clients offline: the worker reads folders only."""
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
