@@ -1,0 +1,162 @@
+"""One or several sequences of a request, from engine events to pieces of text; both generation routes are made of these pieces."""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from typing import cast
+
+import anyio
+
+from quantizers.errors import EngineUnavailable
+from server.engine.interface import Engine, Finished, Request, Started, Token, TokenLogprob
+from server.metrics import RequestMeter
+from server.text.continuation import Continuation, Shown
+from server.text.tokenizer import Tokenizer
+
+LEAST_LOGPROB = -9999.0  # what OpenAI sends for an impossible token: JSON has no infinity
+QUEUED_PIECES = 64  # of all choices together; a slow reader holds the engine's events back rather than in memory
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """`text` is what the ids were made from, where they were made from text."""
+
+    token_ids: tuple[int, ...]
+    text: str | None = None
+
+
+@dataclass(frozen=True)
+class ShownToken:
+    """A token whose text is out; `start` is where it begins in the choice's text, in characters. The first prompt token has no logprob."""
+
+    token_id: int
+    logprob: TokenLogprob | None
+    start: int
+
+
+def json_logprob(logprob: float) -> float:
+    """A log-probability as JSON can carry it."""
+    return max(logprob, LEAST_LOGPROB)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """More of choice `index`. `finish_reason` stands on its last piece; the counts are of the choice so far."""
+
+    index: int
+    text: str = ""
+    tokens: tuple[ShownToken, ...] = ()
+    finish_reason: str | None = None
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+    def followed_by(self, other: "Piece") -> "Piece":
+        return replace(other, text=self.text + other.text, tokens=self.tokens + other.tokens)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What to run for one choice of the answer. `echo` begins its text with the prompt."""
+
+    index: int
+    request: Request
+    prompt: Prompt
+    stops: tuple[str, ...]
+    echo: bool
+
+
+async def run_choice(engine: Engine, choice: Choice, tokenizer: Tokenizer, meter: RequestMeter) -> AsyncGenerator[Piece, None]:
+    """Pieces of one choice: the first as soon as the engine has accepted it, the last with its finish reason.
+
+    Closing it cancels the request in the engine. Raises the engine's errors.
+    """
+    sampling = choice.request.sampling
+    text = Continuation(tokenizer.detokenizer(choice.prompt.token_ids), choice.stops, sampling.min_tokens)
+    offset = 0  # of the continuation in the choice's text: the echoed prompt's length
+    events = cast(AsyncGenerator[Started | Token | Finished, None], engine.generate(choice.request))
+    async with aclosing(events):
+        async for event in events:
+            if isinstance(event, Started):
+                meter.started(event.prompt_tokens)
+                opening = _echo(choice, tokenizer, event) if choice.echo else Piece(choice.index)
+                offset = len(opening.text)
+                yield opening
+            elif isinstance(event, Token):
+                meter.token(choice.index)
+                shown = text.add(event)
+                if text.stopped:
+                    meter.sequence(0, text.token_count)
+                    yield _piece(choice.index, shown, offset, text.token_count, "stop")
+                    return
+                if shown.text or shown.tokens:
+                    yield _piece(choice.index, shown, offset, text.token_count)
+            else:
+                if event.reason == "cancelled":
+                    raise EngineUnavailable(
+                        "the engine cancelled the request, because its variant was unloaded or the server stops: try again"
+                    )
+                meter.sequence(event.cached_tokens, event.completion_tokens)
+                last = _piece(choice.index, text.finish(), offset, event.completion_tokens, "stop" if text.stopped else event.reason)
+                yield replace(last, cached_tokens=event.cached_tokens)
+                return
+    raise EngineUnavailable("the engine ended the request without a word: try again")
+
+
+def _piece(index: int, shown: Shown, offset: int, count: int, finish_reason: str | None = None) -> Piece:
+    tokens = tuple(ShownToken(placed.token.token_id, placed.token.logprob, offset + placed.start) for placed in shown.tokens)
+    return Piece(index, shown.text, tokens, finish_reason, count)
+
+
+def _echo(choice: Choice, tokenizer: Tokenizer, started: Started) -> Piece:
+    """The prompt's text and tokens as the beginning of the choice."""
+    token_ids = choice.prompt.token_ids
+    text, starts = tokenizer.place(token_ids, choice.prompt.text)
+    logprobs: Sequence[TokenLogprob | None] = started.prompt_logprobs or [None] * len(token_ids)
+    tokens = tuple(ShownToken(*placed) for placed in zip(token_ids, logprobs, starts, strict=True))
+    return Piece(choice.index, text, tokens)
+
+
+async def merge(sources: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGenerator[Piece, None]:
+    """Pieces of all choices as they come; the first error ends all of them, and so does closing this."""
+    if len(sources) == 1:
+        async with aclosing(sources[0]) as only:
+            async for piece in only:
+                yield piece
+        return
+    queue: asyncio.Queue[Piece | BaseException | None] = asyncio.Queue(QUEUED_PIECES)
+    tasks = [asyncio.create_task(_pump(source, queue)) for source in sources]
+    try:
+        running = len(tasks)
+        while running:
+            item = await queue.get()
+            if isinstance(item, BaseException):
+                raise item
+            if item is None:
+                running -= 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        with anyio.CancelScope(shield=True):
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _pump(source: AsyncGenerator[Piece, None], queue: "asyncio.Queue[Piece | BaseException | None]") -> None:
+    async with aclosing(source):
+        try:
+            async for piece in source:
+                await queue.put(piece)
+        except Exception as error:  # noqa: BLE001 - raised again by the reader of the queue
+            await queue.put(error)
+        else:
+            await queue.put(None)
+
+
+async def collect(pieces: AsyncIterator[Piece], count: int) -> list[Piece]:
+    """All choices whole, in order of their index."""
+    whole = [Piece(index) for index in range(count)]
+    async for piece in pieces:
+        whole[piece.index] = whole[piece.index].followed_by(piece)
+    return whole

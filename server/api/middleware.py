@@ -1,0 +1,53 @@
+"""What holds for every route: a request id on every answer, and the API key where one is set. Plain ASGI, so that streams stay streams."""
+
+import hmac
+import re
+import uuid
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.api.errors import unauthorized_response
+
+REQUEST_ID = "X-Request-Id"
+_SANE = re.compile(r"[A-Za-z0-9._:-]{1,128}")  # goes back into a header and into logs as it came
+
+
+class RequestId:
+    """Puts the caller's X-Request-Id on the answer where it is sane, else a fresh one."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get(REQUEST_ID, "")
+        request_id = given if _SANE.fullmatch(given) else f"req-{uuid.uuid4().hex}"
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)[REQUEST_ID] = request_id
+            await send(message)
+
+        await self._app(scope, receive, send_with_id)
+
+
+class ApiKey:
+    """Asks for `Authorization: Bearer <key>` on everything under /v1; health, readiness, version and metrics stay open."""
+
+    def __init__(self, app: ASGIApp, key: str) -> None:
+        self._app = app
+        self._expected = f"bearer {key}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"].startswith("/v1") and not self._authorized(scope):
+            await unauthorized_response()(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _authorized(self, scope: Scope) -> bool:
+        word, _, key = Headers(scope=scope).get("Authorization", "").partition(" ")
+        # Compared in constant time, so that the answer's timing tells nothing about the key.
+        return hmac.compare_digest(f"{word.lower()} {key.strip()}".encode(), self._expected)

@@ -1,0 +1,45 @@
+"""For operators: is it alive, is it ready, which version, and the metrics."""
+
+import platform
+from importlib.metadata import version
+from typing import Any
+
+from anyio.to_thread import run_sync
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from server.api.services import services_of
+from server.metrics import CONTENT_TYPE
+
+router = APIRouter()
+
+
+@router.get("/health")
+async def health() -> dict[str, str]:
+    """200 while this process answers, whatever the engine does."""
+    return {"status": "ok"}
+
+
+@router.get("/ready")
+async def ready(request: Request, model: str | None = None) -> JSONResponse:
+    """200 while the engine is up (and, with `?model=`, that variant is resident), else 503; lists the resident variants either way."""
+    services = services_of(request)
+    residents = services.engine.residents() if services.engine.alive else {}
+    is_ready = services.engine.alive
+    if model is not None:
+        is_ready = is_ready and await services.catalog.resolve(model) in residents
+    body: dict[str, Any] = {"ready": is_ready, "engine": services.engine.alive, "models": {str(key): True for key in residents}}
+    if model is not None:
+        body["models"][model] = is_ready
+    return JSONResponse(body, 200 if is_ready else 503)
+
+
+@router.get("/version")
+async def get_version() -> dict[str, str]:
+    return {"version": version("precis"), "python": platform.python_version()}
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """Prometheus' text format, written in a thread, because gauges of jobs and variants read the store."""
+    return Response(await run_sync(services_of(request).metrics.exposition), media_type=CONTENT_TYPE)

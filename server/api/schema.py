@@ -1,0 +1,254 @@
+"""Requests of the generation routes, as OpenAI has them. A field is implemented here or refused with its name; never ignored in silence.
+
+Types are strict: a string is no number, a boolean is no integer. A field whose value is null counts as absent.
+"""
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from quantizers.errors import InvalidInput
+from server.api.errors import describe
+
+MAX_CHOICES = 8
+MAX_PROMPTS = 64
+MAX_STOPS = 16
+MAX_STOP_LENGTH = 1000  # characters; every new token is compared with every stop string
+MAX_TOKENS = 1 << 31  # beyond any context; the model's own is checked when it is known
+INT64 = 1 << 63
+
+
+class ApiModel(BaseModel):
+    """Strict, closed, and blind to nulls."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: item for key, item in value.items() if item is not None}
+        return value
+
+
+def _prompts(value: Any) -> list[str] | list[list[int]]:
+    """Every form of `prompt` as a list of prompts: a text, texts, token ids, lists of token ids."""
+    prompts = [value] if isinstance(value, str) or (isinstance(value, list) and value and _is_token_id(value[0])) else value
+    if not isinstance(prompts, list) or not prompts:
+        raise ValueError("should be a text, a list of texts, a list of token ids or a list of lists of token ids, none of them empty")
+    if len(prompts) > MAX_PROMPTS:
+        raise ValueError(f"should hold at most {MAX_PROMPTS} prompts")
+    if all(isinstance(prompt, str) for prompt in prompts):
+        return prompts
+    if all(isinstance(prompt, list) and prompt and all(_is_token_id(token) for token in prompt) for prompt in prompts):
+        return prompts
+    raise ValueError("should hold either texts or non-empty lists of token ids (integers from 0), not a mixture")
+
+
+def _is_token_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MAX_TOKENS
+
+
+def _stops(value: Any) -> list[str]:
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or len(stops) > MAX_STOPS or not all(isinstance(stop, str) for stop in stops):
+        raise ValueError(f"should be a text or a list of at most {MAX_STOPS} texts")
+    if not all(0 < len(stop) <= MAX_STOP_LENGTH for stop in stops):
+        raise ValueError(f"should hold texts of 1 to {MAX_STOP_LENGTH} characters")
+    return stops
+
+
+def _logit_bias(value: Any) -> dict[int, float]:
+    if not isinstance(value, dict):
+        raise ValueError("should be an object from token id to a number from -100 to 100")
+    biases: dict[int, float] = {}
+    for key, bias in value.items():
+        # isdecimal alone would take other scripts' digits
+        if not (key.isascii() and key.isdecimal() and len(key) <= 10 and int(key) < MAX_TOKENS):
+            raise ValueError(f"has the key {describe(key)}, which is no token id")
+        if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
+            raise ValueError(f"gives token {key} the bias {describe(bias)}; a bias is a number from -100 to 100")
+        biases[int(key)] = float(bias)
+    return biases
+
+
+def _content(value: Any) -> str:
+    """A message's text: a string, or text parts joined as they are."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list) or not value:
+        raise ValueError("should be a text or a list of parts of the type 'text'")
+    texts: list[str] = []
+    for part in value:
+        if not isinstance(part, dict) or part.get("type") != "text":
+            kind = part.get("type") if isinstance(part, dict) else part
+            raise ValueError(f"has a part of the type {describe(kind)}; only parts {{'type': 'text', 'text': ...}} are implemented")
+        if set(part) != {"type", "text"} or not isinstance(part["text"], str):
+            raise ValueError("has a text part whose fields are not exactly 'type' and 'text', a string")
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def _metadata(value: Any) -> dict[str, str]:
+    if not isinstance(value, dict) or len(value) > 16:
+        raise ValueError("should be an object of at most 16 texts")
+    for key, text in value.items():
+        if len(key) > 64 or not isinstance(text, str) or len(text) > 512:
+            raise ValueError("should map keys of up to 64 characters to texts of up to 512")
+    return value
+
+
+class StreamOptions(ApiModel):
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+class GenerationRequest(ApiModel):
+    """What both routes share. Ranges are OpenAI's; `top_k`, `min_p`, `min_tokens`, `ignore_eos`, `repetition_penalty` and
+    `stop_token_ids` are the extensions that other self-hosted servers have, under their names.
+
+    `user` and `metadata` are accepted and recorded nowhere: they change no answer at OpenAI either.
+    """
+
+    not_implemented: ClassVar[dict[str, str]] = {}
+
+    model: str = Field(min_length=1, max_length=256)
+    max_tokens: int | None = Field(default=None, ge=0, le=MAX_TOKENS)
+    min_tokens: int = Field(default=0, ge=0, le=MAX_TOKENS)
+    temperature: float = Field(default=1.0, ge=0, le=2)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=-1, le=MAX_TOKENS)  # 0 and, as elsewhere, -1: no limit
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    repetition_penalty: float = Field(default=1.0, gt=0, le=10)
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
+    logit_bias: Annotated[dict[int, float], BeforeValidator(_logit_bias)] = {}
+    seed: int | None = Field(default=None, ge=-INT64, lt=INT64)
+    stop: Annotated[list[str], BeforeValidator(_stops)] = []
+    stop_token_ids: list[Annotated[int, Field(ge=0, lt=MAX_TOKENS)]] = Field(default=[], max_length=64)
+    ignore_eos: bool = False
+    n: int = Field(default=1, ge=1, le=MAX_CHOICES)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: str | None = Field(default=None, max_length=1024)
+    metadata: Annotated[dict[str, str], BeforeValidator(_metadata)] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_not_implemented(cls, value: Any) -> Any:
+        for name in cls.not_implemented.keys() & (value.keys() if isinstance(value, dict) else set()):
+            if value[name] is not None:
+                raise InvalidInput(f"{name!r} is not implemented: {cls.not_implemented[name]}", param=name, code="not_implemented")
+        return value
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "GenerationRequest":
+        if self.stream_options is not None and not self.stream:
+            raise InvalidInput('stream_options needs "stream": true', param="stream_options")
+        limit = self.token_limit
+        if limit is not None and self.min_tokens > limit:
+            raise InvalidInput(f"min_tokens is {self.min_tokens}, above the limit of {limit} tokens", param="min_tokens")
+        return self
+
+    @property
+    def token_limit(self) -> int | None:
+        """The most tokens to generate; None: what the context leaves."""
+        return self.max_tokens
+
+    @property
+    def top_logprob_count(self) -> int | None:
+        """None: no log-probabilities; N: those of the sampled tokens and of the N best."""
+        raise NotImplementedError
+
+    @property
+    def echoes_prompt(self) -> bool:
+        return False
+
+    @property
+    def usage_at_end(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def usage_in_every_chunk(self) -> bool:
+        return self.stream_options is not None and self.stream_options.continuous_usage_stats
+
+
+class CompletionRequest(GenerationRequest):
+    not_implemented: ClassVar[dict[str, str]] = {"suffix": "text is only continued at its end; put what belongs before it into 'prompt'"}
+
+    prompt: Annotated[list[str] | list[list[int]], BeforeValidator(_prompts)]
+    max_tokens: int | None = Field(default=16, ge=0, le=MAX_TOKENS)
+    logprobs: int | None = Field(default=None, ge=0, le=20)
+    echo: bool = False
+    best_of: int | None = Field(default=None, ge=1, le=20)
+
+    @model_validator(mode="after")
+    def _best_of_is_n(self) -> "CompletionRequest":
+        if self.best_of is not None and self.best_of != self.n:
+            raise InvalidInput(f"best_of is {self.best_of}: only a best_of that equals n ({self.n}) is implemented", param="best_of")
+        return self
+
+    @property
+    def top_logprob_count(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def echoes_prompt(self) -> bool:
+        return self.echo
+
+
+class Message(ApiModel):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[str, BeforeValidator(_content)]
+    name: str | None = Field(default=None, max_length=256)  # given to the template, which may show it
+
+    def for_template(self) -> dict[str, str]:
+        """`developer` is OpenAI's newer word for `system`, which is what templates know."""
+        message = {"role": "system" if self.role == "developer" else self.role, "content": self.content}
+        return message if self.name is None else {**message, "name": self.name}
+
+
+class TextFormat(ApiModel):
+    type: Literal["text"]
+
+
+_TOOLS = "this server does not call functions; describe them in a message and read the answer's text"
+
+
+class ChatRequest(GenerationRequest):
+    not_implemented: ClassVar[dict[str, str]] = {
+        "tools": _TOOLS,
+        "tool_choice": _TOOLS,
+        "parallel_tool_calls": _TOOLS,
+        "functions": _TOOLS,
+        "function_call": _TOOLS,
+        "audio": "answers are text only",
+        "modalities": "answers are text only; leave it out",
+        "prediction": "leave it out; it changes speed only",
+        "reasoning_effort": "the models here take no such setting; leave it out",
+    }
+
+    messages: list[Message]
+    max_completion_tokens: int | None = Field(default=None, ge=0, le=MAX_TOKENS)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    response_format: TextFormat | None = None
+
+    @model_validator(mode="after")
+    def _chat_fits_together(self) -> "ChatRequest":
+        if not self.messages:
+            raise InvalidInput("messages is empty: send at least one message", param="messages")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InvalidInput('top_logprobs needs "logprobs": true', param="top_logprobs")
+        both = self.max_tokens is not None and self.max_completion_tokens is not None
+        if both and self.max_tokens != self.max_completion_tokens:
+            raise InvalidInput("max_tokens and max_completion_tokens differ: send only max_completion_tokens", param="max_tokens")
+        return self
+
+    @property
+    def token_limit(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def top_logprob_count(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None

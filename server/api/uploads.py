@@ -1,0 +1,100 @@
+"""OpenAI's Uploads and Files: large files in parts, straight to the disk, resumable by asking which parts arrived."""
+
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from functools import partial
+from typing import Annotated, Any
+
+from anyio.to_thread import run_sync
+from fastapi import APIRouter, Depends, Request
+from pydantic import Field
+from starlette.requests import ClientDisconnect
+
+from server.api.body import json_body
+from server.api.multipart import stream_field
+from server.api.schema import ApiModel
+from server.api.services import services_of
+from server.api.sse import ClientGone
+from server.metrics import Metrics
+
+router = APIRouter()
+
+
+class CreateUpload(ApiModel):
+    """`mime_type` and `purpose` are kept and given back; what a file is, its content says."""
+
+    bytes: int = Field(ge=1, lt=1 << 63)
+    filename: str = Field(min_length=1, max_length=255)
+    mime_type: str = Field(default="application/octet-stream", max_length=255)
+    purpose: str = Field(default="user_data", max_length=64)
+
+
+class CompleteUpload(ApiModel):
+    part_ids: list[Annotated[str, Field(max_length=128)]] = Field(min_length=1, max_length=100_000)
+    md5: str | None = Field(default=None, pattern="^[0-9a-fA-F]{32}$")
+
+
+@router.post("/v1/uploads")
+async def create_upload(request: Request, body: Annotated[CreateUpload, Depends(json_body(CreateUpload))]) -> dict[str, Any]:
+    """Announce a file of `bytes` bytes."""
+    store = services_of(request).store
+    upload = await run_sync(store.uploads.create, body.filename, body.bytes, body.mime_type, body.purpose)
+    return upload.model_dump(mode="json")
+
+
+@router.get("/v1/uploads/{upload_id}")
+async def get_upload(request: Request, upload_id: str) -> dict[str, Any]:
+    """The upload and the parts that arrived whole, in order of arrival, for a client that resumes."""
+    store = services_of(request).store
+    upload = await run_sync(store.uploads.get, upload_id)
+    parts = await run_sync(store.uploads.parts, upload_id)
+    return {**upload.model_dump(mode="json"), "parts": [part.model_dump(mode="json") for part in parts]}
+
+
+@router.post("/v1/uploads/{upload_id}/parts")
+async def add_part(request: Request, upload_id: str) -> dict[str, Any]:
+    """One part: multipart/form-data with the bytes in the field `data`. Its size is bounded by what the upload announced."""
+    services = services_of(request)
+    data = stream_field(request.headers.get("Content-Type"), _counted(request.stream(), services.metrics), "data")
+    try:
+        async with aclosing(data):
+            part = await services.store.uploads.add_part(upload_id, data)
+    except ClientDisconnect as error:
+        raise ClientGone from error
+    return part.model_dump(mode="json")
+
+
+@router.post("/v1/uploads/{upload_id}/complete")
+async def complete_upload(
+    request: Request, upload_id: str, body: Annotated[CompleteUpload, Depends(json_body(CompleteUpload))]
+) -> dict[str, Any]:
+    """Assemble the parts, in the order given, to a file."""
+    store = services_of(request).store
+    upload = await run_sync(partial(store.uploads.complete, upload_id, body.part_ids, body.md5))
+    return upload.model_dump(mode="json")
+
+
+@router.post("/v1/uploads/{upload_id}/cancel")
+async def cancel_upload(request: Request, upload_id: str) -> dict[str, Any]:
+    """Drop a pending upload and its parts."""
+    upload = await run_sync(services_of(request).store.uploads.cancel, upload_id)
+    return upload.model_dump(mode="json")
+
+
+@router.get("/v1/files/{file_id}")
+async def get_file(request: Request, file_id: str) -> dict[str, Any]:
+    file = await run_sync(services_of(request).store.files.get, file_id)
+    return file.model_dump(mode="json")
+
+
+@router.delete("/v1/files/{file_id}")
+async def delete_file(request: Request, file_id: str) -> dict[str, Any]:
+    """A checkpoint that was made of the file keeps its bytes."""
+    await run_sync(services_of(request).store.files.delete, file_id)
+    return {"id": file_id, "object": "file", "deleted": True}
+
+
+async def _counted(stream: AsyncIterator[bytes], metrics: Metrics) -> AsyncGenerator[bytes, None]:
+    async for chunk in stream:
+        metrics.upload_bytes.inc(len(chunk))
+        yield chunk

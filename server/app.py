@@ -1,0 +1,50 @@
+"""The HTTP application: routes, middleware and the lifetime of what stands behind them. Nothing here imports torch."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+
+from fastapi import FastAPI
+
+from model_store.store import Store
+from server.api import chat, checkpoints, completions, errors, jobs, middleware, models, ops, uploads
+from server.api.catalog import Catalog
+from server.api.services import Services
+from server.engine.interface import Engine
+from server.gauges import Gauges
+from server.jobs import JobRunner
+from server.metrics import Metrics
+from server.settings import Settings
+
+ROUTERS = (completions.router, chat.router, models.router, uploads.router, checkpoints.router, jobs.router, ops.router)
+
+
+def create_app(settings: Settings, store: Store, engine: Engine, job_runner: JobRunner) -> FastAPI:
+    """The application over the given parts. Its lifespan starts and stops the engine and the job runner; the store stays the caller's."""
+    metrics = Metrics()
+    metrics.registry.register(Gauges(store, engine))
+    services = Services(settings, store, engine, job_runner, Catalog(settings, store, engine, job_runner, metrics), metrics)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await engine.start()
+        try:
+            await job_runner.start()
+            try:
+                yield
+            finally:
+                await services.catalog.stop()
+                await job_runner.stop()
+        finally:
+            await engine.stop(settings.grace_seconds)
+
+    # No interactive pages: they would load scripts from elsewhere. Slashes are not redirected: a redirect answers in no error's shape.
+    app = FastAPI(title="Precis", version=version("precis"), lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.state.services = services
+    for router in ROUTERS:
+        app.include_router(router)
+    errors.install(app)
+    if settings.api_key is not None:
+        app.add_middleware(middleware.ApiKey, key=settings.api_key)
+    app.add_middleware(middleware.RequestId)  # added last, so it is the outermost: refused requests have an id too
+    return app
