@@ -28,7 +28,7 @@ from server.engine.messages import (
     read_frame,
     to_error,
 )
-from server.engine.process import WorkerOptions, WorkerProcess
+from server.engine.process import EngineSettings, WorkerProcess
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +40,9 @@ _STEADY_SECONDS = 60.0  # a worker that lived this long did not die of how it st
 class EngineClient:
     """An `Engine` whose work is done by a process of its own."""
 
-    def __init__(self, options: WorkerOptions | None = None, *, start_timeout_seconds: float = 120.0) -> None:
-        self._options = options or WorkerOptions()
-        self._start_timeout = start_timeout_seconds
+    def __init__(self, settings: EngineSettings, *, threads: int | None = None, start_timeout_seconds: float = 120.0) -> None:
+        """`threads` of a matrix product; None takes every core. The timeout is for a worker's imports and the device to open."""
+        self._settings, self._threads, self._start_timeout = settings, threads, start_timeout_seconds
         self._worker: WorkerProcess | None = None  # None: starting, dead or stopped
         self._supervisor: asyncio.Task[None] | None = None
         self._calls = itertools.count(1)
@@ -59,7 +59,7 @@ class EngineClient:
     async def start(self) -> None:
         """Start the worker and wait until it takes commands. Raises EngineUnavailable, with its last words, where it does not come up."""
         assert self._supervisor is None, "an engine is started once"
-        self._worker = await WorkerProcess.start(self._options, self._start_timeout)
+        self._worker = await self._start_worker()
         self._supervisor = asyncio.create_task(self._supervise(self._worker), name="engine-supervisor")
 
     async def stop(self, grace_seconds: float) -> None:
@@ -167,6 +167,9 @@ class EngineClient:
             raise EngineUnavailable(f"the engine does not take requests: {self._why}; try again in a few seconds")
         self._worker.writer.write(encode(command))
 
+    async def _start_worker(self) -> WorkerProcess:
+        return await WorkerProcess.start(self._settings, threads=self._threads, timeout_seconds=self._start_timeout)
+
     async def _supervise(self, worker: WorkerProcess) -> None:
         """Serve one worker after the other until stopped."""
         pause = _FIRST_PAUSE
@@ -182,7 +185,7 @@ class EngineClient:
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, _LAST_PAUSE)
                 try:
-                    worker = self._worker = await WorkerProcess.start(self._options, self._start_timeout)
+                    worker = self._worker = await self._start_worker()
                 except EngineUnavailable as error:
                     self._why = error.message
                     logger.error("%s; next try in %.1f s", error.message, pause)

@@ -2,13 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from model_store.formats.safetensors import SafetensorsSource
-from quantizers.errors import CorruptData, InvalidInput, NotFound
+from quantizers.errors import CorruptData, NotFound
 from quantizers.model import LoadedModel, load_model, predict_bytes
 from quantizers.recipe import Recipe, parse_recipe
 from quantizers.shared import SharedTensors
@@ -35,10 +34,8 @@ class Variant:
 class FolderLoader:
     """Loads variants from checkpoint and artifact folders onto one device; unquantized tensors are shared between them."""
 
-    def __init__(self, device: torch.device, *, max_model_len: int | None = None) -> None:
-        """`max_model_len` lowers the context of every model; None leaves what the checkpoints allow."""
+    def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._max_model_len = max_model_len
         self._shared = SharedTensors()
 
     def predict(self, spec: VariantSpec) -> Claim:
@@ -50,7 +47,7 @@ class FolderLoader:
         """Raises NotFound for a folder that is not there, CorruptData for files that do not fit each other, UnknownRecipe."""
         config, recipe, checkpoint = _open(spec)
         artifact = None if spec.artifact_dir is None else _tensors(Path(spec.artifact_dir))
-        max_model_len = _context_length(config, self._max_model_len)
+        max_model_len = _context_length(config)
         eos_ids = end_of_sequence(config, Path(spec.checkpoint_dir))
         loaded = load_model(
             config, recipe, checkpoint, artifact, device=str(self._device), shared=self._shared, checkpoint_key=spec.checkpoint_dir
@@ -87,14 +84,14 @@ def _claim(spec: VariantSpec, recipe: Recipe, sizes: dict[str, int]) -> Claim:
     return Claim({"weights": sizes["weights"]}, {f"{spec.checkpoint_dir}:{recipe.dtype}": sizes["shared_weights"]})
 
 
-def _context_length(config: PretrainedConfig, ceiling: int | None) -> int:
-    text: Any = config.get_text_config(decoder=True)
-    own = getattr(text, "max_position_embeddings", None)
-    if own is None and ceiling is None:
-        raise InvalidInput(
-            f"the config of this {config.model_type} checkpoint names no max_position_embeddings: set a maximum model length", param="model"
+def _context_length(config: PretrainedConfig) -> int:
+    length = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if not isinstance(length, int) or length < 1:
+        raise CorruptData(
+            f"the config of this {config.model_type} checkpoint has max_position_embeddings {length!r}: it must name the context's "
+            "length in tokens; add it to config.json and import again"
         )
-    return min(int(length) for length in (own, ceiling) if length is not None)
+    return length
 
 
 def end_of_sequence(config: PretrainedConfig, checkpoint_dir: Path) -> frozenset[int]:

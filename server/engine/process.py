@@ -7,8 +7,7 @@ import signal
 import socket
 import sys
 from collections import deque
-from dataclasses import dataclass
-from typing import Self
+from typing import Protocol, Self
 
 from quantizers.errors import EngineUnavailable
 from server.engine.messages import FrameError, Hello, decode_report, read_frame
@@ -20,25 +19,29 @@ _EXIT_SECONDS = 2.0  # from the end of the socket to the end of the process
 _LEVELS = {"DEBUG": logging.DEBUG, "INFO": logging.INFO, "WARNING": logging.WARNING, "ERROR": logging.ERROR, "CRITICAL": logging.CRITICAL}
 
 
-@dataclass(frozen=True)
-class WorkerOptions:
-    """None leaves the choice to the worker: 80 % of the free memory, every core of the process, the checkpoint's own context."""
+class EngineSettings(Protocol):
+    """What of the server's settings the worker is started with. No budget: 80 % of the memory that is free then."""
 
-    device: str = "auto"
-    memory_budget_bytes: int | None = None
-    max_waiting: int = 64
-    threads: int | None = None
-    max_model_len: int | None = None
+    @property
+    def device(self) -> str: ...
 
-    def arguments(self) -> list[str]:
-        named = {
-            "--device": self.device,
-            "--memory-budget-bytes": self.memory_budget_bytes,
-            "--max-waiting": self.max_waiting,
-            "--threads": self.threads,
-            "--max-model-len": self.max_model_len,
-        }
-        return [word for name, value in named.items() if value is not None for word in (name, str(value))]
+    @property
+    def memory_budget_bytes(self) -> int | None: ...
+
+    @property
+    def max_waiting(self) -> int: ...
+
+
+def worker_command(settings: EngineSettings, socket_fd: int, threads: int | None) -> list[str]:
+    """The worker's command line. None leaves the threads to the worker: every core that this process may use."""
+    # -P: a folder named `server` where the user happens to stand is not ours.
+    command = [sys.executable, "-P", "-m", "server.engine.worker", "--socket-fd", str(socket_fd)]
+    command += ["--device", settings.device, "--max-waiting", str(settings.max_waiting)]
+    if settings.memory_budget_bytes is not None:
+        command += ["--memory-budget-bytes", str(settings.memory_budget_bytes)]
+    if threads is not None:
+        command += ["--threads", str(threads)]
+    return command
 
 
 class WorkerProcess:
@@ -56,15 +59,13 @@ class WorkerProcess:
         return self._process.pid
 
     @classmethod
-    async def start(cls, options: WorkerOptions, timeout_seconds: float) -> Self:
+    async def start(cls, settings: EngineSettings, *, threads: int | None, timeout_seconds: float) -> Self:
         """Start a worker and wait for its hello. Raises EngineUnavailable, and leaves no process, where it does not come in time."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with theirs:
-            # -P: a folder named `server` where the user happens to stand is not ours.
-            command = [sys.executable, "-P", "-m", "server.engine.worker", "--socket-fd", str(theirs.fileno()), *options.arguments()]
             try:
                 process = await asyncio.create_subprocess_exec(
-                    *command,
+                    *worker_command(settings, theirs.fileno(), threads),
                     pass_fds=[theirs.fileno()],
                     stdin=asyncio.subprocess.DEVNULL,
                     stderr=asyncio.subprocess.PIPE,

@@ -158,7 +158,6 @@ class Scheduler:
                 self._load(operation)
             else:
                 self._unload(*operation)
-            self._emit(Stats(stats=self.stats()))
 
     def _load(self, spec: VariantSpec) -> None:
         try:
@@ -176,6 +175,7 @@ class Scheduler:
     def _loaded(self, spec: VariantSpec) -> None:
         """Answer who waited for `spec`, and pin it for their requests."""
         info = self._residents.info(spec.key)
+        self._emit(Stats(stats=self.stats()))  # before the replies: who is told that it is resident also finds it among the residents
         for call in self._loads.pop(spec, []):
             self._emit(Reply(call=call, resident=info))
         self._admit()
@@ -186,6 +186,7 @@ class Scheduler:
         except Exception as error:  # noqa: BLE001 (as in _load)
             self._emit(Reply(call=call, failed=to_failed(translate(error, f"unloading {key}"))))
         else:
+            self._emit(Stats(stats=self.stats()))
             self._emit(Reply(call=call))
         with self._lock:
             self._admit()

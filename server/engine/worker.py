@@ -137,7 +137,6 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--memory-budget-bytes", type=int, help="what residents may hold; default 80 %% of what is free")
     parser.add_argument("--max-waiting", type=int, default=64, help="requests that may wait")
     parser.add_argument("--threads", type=int, help="of a matrix product; default: cores of this process")
-    parser.add_argument("--max-model-len", type=int, help="ceiling of the context in tokens")
     return parser.parse_args(arguments)
 
 
@@ -156,7 +155,7 @@ def main(arguments: list[str]) -> int:
     budget = options.memory_budget_bytes or default_budget(device)
     connection = socket.socket(fileno=options.socket_fd)
     writer = _Writer(connection)
-    residents = Residents(FolderLoader(device, max_model_len=options.max_model_len), Ledger(budget), device)
+    residents = Residents(FolderLoader(device), Ledger(budget), device)
     scheduler = Scheduler(residents, writer.emit, max_waiting=options.max_waiting)
     writer.emit(Hello(pid=os.getpid(), device=str(device)))
     writer.emit(Stats(stats=scheduler.stats()))
