@@ -14,14 +14,16 @@ from transformers.pytorch_utils import Conv1D
 
 from quantizers.blocks import decoder_blocks, layer_shape, linear_layers
 from quantizers.errors import InvalidInput, QuantizationFailed
-from quantizers.memory import PeakMemory
+from quantizers.memory import PeakMemory, trim_heap
 from quantizers.methods.rtn import quantize_nearest
 from quantizers.model import recipe_layers
 from quantizers.recipe import Recipe
 from quantizers.scheme import FloatScheme
 from quantizers.skeleton import match_tensors, put_tensor, skeleton
 from quantizers.tensors import TensorSink, TensorSource
-from quantizers.weights import QuantizedScheme, QuantizedWeight
+from quantizers.weights import QuantizedScheme, QuantizedWeight, join_rows
+
+_HEAD_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,9 @@ class Block:
     over the same memory). A method may change weights in place, and hands every layer over with `put`.
     """
 
-    def __init__(self, name: str, module: nn.Module, scheme: QuantizedScheme, take: Callable[[str, QuantizedWeight, Tensor], None]) -> None:
+    def __init__(
+        self, name: str, module: nn.Module, scheme: QuantizedScheme, take: Callable[[str, QuantizedWeight, float, float], None]
+    ) -> None:
         self.name = name
         self.module = module
         self.scheme = scheme
@@ -73,11 +77,16 @@ class Block:
         if name not in self._left:
             raise QuantizationFailed("was handed over twice or is no layer of this block", layer=name)
         self._left.remove(name)
-        self._take(name, weight, self.linears[name].weight)
+        floating = self.linears[name].weight
+        self._take(name, weight, _squares(floating - weight.dequantize()), _squares(floating))
 
     def check_complete(self) -> None:
         if self._left:
             raise QuantizationFailed(f"the method left {len(self._left)} layers of this block unquantized", layer=min(self._left))
+
+
+def _squares(tensor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor)) ** 2
 
 
 def _as_linear(layer: nn.Module) -> nn.Linear:
@@ -149,30 +158,37 @@ class _Walk:
                 method.apply(block)
             block.check_complete()
             module.to("meta")
+            del block
+            trim_heap()
 
     def head(self) -> None:
+        """The output matrix, some rows at a time: with a large vocabulary it is larger than a block."""
         if self._recipe.head is None:
             return
         name = next(reversed(self._layers))
-        weight = self._fetch(self._keys[f"{name}.weight"])
-        self._take(name, quantize_nearest(weight, self._recipe.head, layer=name), weight)
+        pieces, error, norm = [], 0.0, 0.0
+        for rows in torch.split(self._source.get(self._keys[f"{name}.weight"]), _HEAD_ROWS):
+            weight = self._copy(rows, name)
+            pieces.append(quantize_nearest(weight, self._recipe.head, layer=name))
+            error += _squares(weight - pieces[-1].dequantize())
+            norm += _squares(weight)
+        self._take(name, join_rows(pieces), error, norm)
 
     def _materialise(self, prefix: str, module: nn.Module) -> None:
         for name in module.state_dict():
             full = f"{prefix}.{name}"
-            put_tensor(self._model, full, self._fetch(self._keys[full]))
+            put_tensor(self._model, full, self._copy(self._source.get(self._keys[full]), full))
 
-    def _fetch(self, key: str) -> Tensor:
-        """A copy in fp32, since methods change weights and the source's may be a mapped file."""
-        tensor = self._source.get(key).to(device=self._device, dtype=torch.float32, copy=True)
-        if not bool(torch.isfinite(tensor).all()):
-            raise QuantizationFailed("holds NaN or infinity: the checkpoint is damaged", layer=key)
-        return tensor
+    def _copy(self, tensor: Tensor, name: str) -> Tensor:
+        """In fp32 on the device; a copy, since methods change weights and the source's may be a mapped file."""
+        copy = tensor.to(device=self._device, dtype=torch.float32, copy=True)
+        if not bool(torch.isfinite(copy).all()):
+            raise QuantizationFailed("holds NaN or infinity: the checkpoint is damaged", layer=name)
+        return copy
 
-    def _take(self, name: str, quantized: QuantizedWeight, weight: Tensor) -> None:
-        norm = torch.linalg.vector_norm(weight)
-        error = torch.linalg.vector_norm(weight - quantized.dequantize())
-        relative = (error / norm).item() if norm > 0 else error.item()
+    def _take(self, name: str, quantized: QuantizedWeight, error: float, norm: float) -> None:
+        """Write a layer out and report it. `error` and `norm` are sums of squares."""
+        relative = (error / norm if norm > 0 else error) ** 0.5
         if not relative < float("inf"):
             raise QuantizationFailed(f"its quantized weights are off by {relative}: the method produced no usable numbers", layer=name)
         for tensor_name, tensor in quantized.tensors.items():

@@ -13,7 +13,7 @@ number of groups of a row; a per-channel format has one.
               absmax     fp32  [ceil(out * in / 64)]     w = table[code] * absmax
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -73,6 +73,14 @@ class QuantizedWeight:
     def to(self, device: torch.device) -> "QuantizedWeight":
         moved = {name: tensor.to(device) for name, tensor in self.tensors.items()}
         return QuantizedWeight(self.scheme, self.out_features, self.in_features, moved)
+
+
+def join_rows(pieces: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    """Integer weights of the same format and width, one under the other."""
+    first = pieces[0]
+    assert isinstance(first.scheme, IntegerScheme), "blocks of bitsandbytes run across rows"
+    tensors = {name: torch.cat([piece.tensors[name] for piece in pieces]) for name in first.tensors}
+    return QuantizedWeight(first.scheme, sum(piece.out_features for piece in pieces), first.in_features, tensors)
 
 
 def groups(scheme: IntegerScheme, in_features: int) -> int:

@@ -1,0 +1,62 @@
+"""Texts to calibrate and to measure with, and the token windows cut from them. Nothing here reads a file or knows a tokenizer.
+
+The default text is what every Python has: the topics of `pydoc_data`, of which every fourth measures and the others calibrate, so that
+no method is measured on what it saw. It differs a little between Python versions, hence the version in its name.
+"""
+
+import hashlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from quantizers.errors import InvalidInput
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text by name, so that two reports are compared only where they measured the same one."""
+
+    name: str
+    content: str
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.content.encode()).hexdigest()
+
+
+def evaluation_text() -> Text:
+    """The default text to measure with: topics 1, 5, 9, ... in alphabetical order, joined by blank lines."""
+    return Text(f"pydoc-{sys.version_info.major}.{sys.version_info.minor}-evaluation", _topics(lambda index: index % 4 == 1))
+
+
+def calibration_text() -> Text:
+    """The default text to calibrate with: the other topics."""
+    return Text(f"pydoc-{sys.version_info.major}.{sys.version_info.minor}-calibration", _topics(lambda index: index % 4 != 1))
+
+
+def _topics(chosen: Callable[[int], bool]) -> str:
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[key] for index, key in enumerate(sorted(topics)) if chosen(index))
+
+
+def token_windows(encode: Callable[[str], list[int]], text: Text, *, length: int, count: int) -> "torch.Tensor":
+    """int64 [windows, length]: the first `count` whole windows of the text, without overlap; fewer where it ends sooner.
+
+    Raises InvalidInput where the text has less than one window or the sizes make none.
+    """
+    import torch
+
+    if length < 2 or count < 1:
+        raise InvalidInput(
+            f"{count} windows of {length} tokens measure nothing: use at least 1 window of at least 2 tokens", param="window"
+        )
+    tokens = encode(text.content)
+    whole = min(len(tokens) // length, count)
+    if whole == 0:
+        raise InvalidInput(f"the text {text.name!r} has {len(tokens)} tokens, less than one window of {length}: give a longer text")
+    return torch.tensor(tokens[: whole * length], dtype=torch.int64).view(whole, length)
