@@ -77,7 +77,9 @@ def keep_min_p(logits: Tensor, min_p: float) -> Tensor:
 
 def uniform(seed: int, index: int) -> float:
     """A number in [0, 1) that depends on the 64 bits of `seed` and on `index` only: counter-based (Philox), so without a state to share."""
-    bits = np.random.Philox(key=[seed & _UINT64, 0], counter=[index & _UINT64, 0, 0, 0])
+    # Arrays, because numpy would make floats of a list with numbers from 2^63 on, and seeds that are near each other the same.
+    key, counter = np.array([seed & _UINT64, 0], np.uint64), np.array([index, 0, 0, 0], np.uint64)
+    bits = np.random.Philox(key=key, counter=counter)
     return float(np.random.Generator(bits).random())
 
 
