@@ -101,9 +101,9 @@ class Checkpoints:
         check_name(name)
         if not folder.is_dir():
             raise InvalidInput(f"{str(folder)!r} is no folder", param="folder")
-        return self._import(
-            name, {p.name: p for p in sorted(folder.iterdir()) if p.name.endswith((*KEPT, *PICKLES)) and p.name != MANIFEST}, "folder"
-        )
+        part_of_model = (*KEPT, *PICKLES)  # pickles too, so that they are refused and not passed over
+        files = {p.name: p for p in sorted(folder.iterdir()) if p.name.lower().endswith(part_of_model) and p.name != MANIFEST}
+        return self._import(name, files, "folder")
 
     def import_files(self, name: str, files: Mapping[str, Path], progress: Progress | None = None) -> Checkpoint:
         """Uploaded files by the names that they shall have: one GGUF file, or exactly those of a safetensors checkpoint."""
