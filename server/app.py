@@ -44,6 +44,7 @@ def create_app(settings: Settings, store: Store, engine: Engine, job_runner: Job
     for router in ROUTERS:
         app.include_router(router)
     errors.install(app)
+    app.add_middleware(middleware.Faults)
     if settings.api_key is not None:
         app.add_middleware(middleware.ApiKey, key=settings.api_key)
     app.add_middleware(middleware.RequestId)  # added last, so it is the outermost: refused requests have an id too

@@ -123,12 +123,11 @@ async def _on_http_exception(request: Request, error: Exception) -> JSONResponse
     return JSONResponse(_body(error.status_code, message, None, code), error.status_code, headers=dict(headers))
 
 
-async def _on_unexpected(_: Request, error: Exception) -> JSONResponse:
-    """A fault of the server itself; Starlette logs its traceback after this answer."""
+def fault_response(error: Exception) -> JSONResponse:
+    """A fault of the server itself, which tells nothing of its inside."""
     return JSONResponse(_body(500, f"internal error ({type(error).__name__}): see the server's log", None, "internal_error"), 500)
 
 
 def install(app: FastAPI) -> None:
     app.add_exception_handler(errors.PrecisError, _on_precis_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
-    app.add_exception_handler(Exception, _on_unexpected)

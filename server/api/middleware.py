@@ -1,13 +1,21 @@
-"""What holds for every route: a request id on every answer, and the API key where one is set. Plain ASGI, so that streams stay streams."""
+"""What holds for every route: a request id on every answer, the API key where one is set, and an answer for our own faults.
+
+Plain ASGI, so that streams stay streams.
+"""
 
 import hmac
+import logging
 import re
 import uuid
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api.errors import unauthorized_response
+from server.api.errors import fault_response, unauthorized_response
+from server.api.sse import ClientGone
+
+logger = logging.getLogger(__name__)
 
 REQUEST_ID = "X-Request-Id"
 _SANE = re.compile(r"[A-Za-z0-9._:-]{1,128}")  # goes back into a header and into logs as it came
@@ -51,3 +59,31 @@ class ApiKey:
         word, _, key = Headers(scope=scope).get("Authorization", "").partition(" ")
         # Compared in constant time, so that the answer's timing tells nothing about the key.
         return hmac.compare_digest(f"{word.lower()} {key.strip()}".encode(), self._expected)
+
+
+class Faults:
+    """Answers 500 for an exception that nothing translated, and logs it; a client that has gone is no fault.
+
+    Starlette's own handler stands outside of all middleware, so its answer would have no request id.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        begun = False
+
+        async def noting_send(message: Message) -> None:
+            nonlocal begun
+            begun = begun or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noting_send)
+        except (ClientGone, ClientDisconnect):
+            logger.info("the client of %s has gone", scope.get("path"))
+        except Exception as error:
+            logger.exception("%s %s failed", scope.get("method"), scope.get("path"))
+            if begun or scope["type"] != "http":
+                raise
+            await fault_response(error)(scope, receive, send)
