@@ -1,4 +1,4 @@
-"""What the deployment's tests share: dashboards as data, their queries with variables substituted as Grafana does, Prometheus' tools."""
+"""What the deployment's tests share: Dockerfile and dashboards as data, variables substituted as Grafana does, Prometheus' tools."""
 
 import json
 import re
@@ -52,6 +52,20 @@ class Dashboard:
     @property
     def variables_used(self) -> set[str]:
         return set(_VARIABLE.findall(json.dumps(self.data)))
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One instruction of the Dockerfile, continuation lines joined: `RUN`, `useradd ...`."""
+
+    word: str
+    rest: str
+
+
+@pytest.fixture(scope="session")
+def dockerfile() -> list[Instruction]:
+    text = re.sub(r"^#.*\n", "", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE).replace("\\\n", " ")
+    return [Instruction(*line.split(maxsplit=1)) for line in text.splitlines() if line.strip()]
 
 
 def _substitute(text: str, values: Values) -> str:
