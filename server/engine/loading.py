@@ -106,7 +106,7 @@ def end_of_sequence(config: PretrainedConfig, checkpoint_dir: Path) -> frozenset
     ids: set[int] = set()
     for value in found:
         for token in value if isinstance(value, list) else [value]:
-            if token is not None and not (isinstance(token, int) and token >= 0):
+            if token is not None and not (type(token) is int and token >= 0):  # a bool is an int as well
                 raise CorruptData(f"eos_token_id is {value!r}: it must be a token id or a list of them")
             ids |= set() if token is None else {token}
     return frozenset(ids)
