@@ -44,7 +44,7 @@ class Staging:
             self._own.mkdir()
             descriptor = os.open(self._own / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        self._close = weakref.finalize(self, _close, descriptor, self._own)
+        self._close = weakref.finalize(self, _close, descriptor, self._own, os.getpid())
 
     def close(self) -> None:
         """Removes the private folder. Later writes through this object fail."""
@@ -166,6 +166,7 @@ def _is_held(lock: Path) -> bool:
     return False
 
 
-def _close(descriptor: int, folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
+def _close(descriptor: int, folder: Path, owner: int) -> None:
+    if os.getpid() == owner:  # a forked child inherits this object, not the work
+        shutil.rmtree(folder, ignore_errors=True)
     os.close(descriptor)

@@ -9,7 +9,7 @@ import json
 import secrets
 import sqlite3
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict
@@ -166,11 +166,15 @@ class Jobs:
         with self._database.transaction() as connection:
             return _move(connection, job_id, "cancelled", seconds_left=None, finished=time.time())
 
-    def recover(self) -> tuple[Job, ...]:
-        """To be called before any job runs: those that a dead process left running are queued again, or failed after MAX_TRIES starts."""
+    def recover(self, is_alive: Callable[[str], bool] | None = None) -> tuple[Job, ...]:
+        """Queue again the jobs that dead processes left running, or fail them after MAX_TRIES starts; those jobs.
+
+        To be called before any job runs; `is_alive` says of an owner whether it still works, where several processes run
+        jobs; without it none does.
+        """
         with self._database.transaction() as connection:
-            left = connection.execute("SELECT * FROM jobs WHERE state = 'running' ORDER BY number").fetchall()
-            return tuple(self._recover(connection, row) for row in left)
+            running = connection.execute("SELECT * FROM jobs WHERE state = 'running' ORDER BY number").fetchall()
+            return tuple(self._recover(connection, row) for row in running if is_alive is None or not is_alive(row["owner"]))
 
     def append_event(self, job_id: str, data: Mapping[str, Any]) -> JobEvent:
         """Log something that is no change of the job itself, such as a layer's error. Raises NotFound."""

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from model_store.atomic import FileFacts, Staging, disk_full_is_too_large, measure
 from model_store.checkpoints import Checkpoints, verify_files
+from model_store.formats.safetensors import SafetensorsSource
 from model_store.inspection import check_name
 from quantizers.errors import Conflict, CorruptData, InvalidInput, NotFound
 from quantizers.recipe import Recipe
@@ -57,6 +58,10 @@ class Variant(Manifest):
     @property
     def id(self) -> str:
         return f"{self.checkpoint}@{self.slug}"
+
+    def tensors(self) -> SafetensorsSource:
+        """The quantized layers, as a source of tensors."""
+        return SafetensorsSource([self.dir / name for name in sorted(self.files)])
 
 
 class Draft:

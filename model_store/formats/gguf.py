@@ -5,6 +5,7 @@ dies on a hostile file, or takes its memory, takes nothing else with it.
 """
 
 import json
+import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +19,13 @@ from quantizers import errors
 from quantizers.errors import InvalidInput, PrecisError
 
 Progress = Callable[[str, float], None]  # stage, share done from 0 to 1
+
+# Of the process that converts: libraries and thread stacks; and for each number of the file its fp32, held by the reader and the model,
+# with a block in between.
+MEMORY_BASE = 4 << 30
+MEMORY_PER_NUMBER = 16
+
+MESSAGE = 400  # characters kept of a foreign error, which may list every tensor
 
 # what the tokenizer was loaded with, which says nothing of the tokenizer
 LOADING_KEYS = ("is_local", "local_files_only", "name_or_path", "vocab_file", "gguf_file")
@@ -50,12 +58,16 @@ def convert_gguf_apart(gguf: Path, target: Path, progress: Progress | None = Non
     failure: dict[str, Any] | None = None
     with TemporaryFile("w+") as words, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=words, text=True) as process:
         assert process.stdout is not None
-        for line in process.stdout:
-            message = json.loads(line)
-            if "error" in message:
-                failure = message["error"]
-            else:
-                report(message["stage"], message["share"])
+        try:
+            for line in process.stdout:
+                message = json.loads(line)
+                if "error" in message:
+                    failure = message["error"]
+                else:
+                    report(message["stage"], message["share"])
+        except BaseException:  # an interrupt, or a callback that gives up
+            process.kill()
+            raise
         process.wait()
         words.seek(0)
         last_words = words.read().strip().splitlines()[-1:]
@@ -83,11 +95,21 @@ def _load(gguf: Path, header: GgufHeader) -> tuple[Any, Any]:
         try:
             tokenizer = AutoTokenizer.from_pretrained(**where)
             model, info = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, output_loading_info=True)
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, NotImplementedError, OSError) as error:
-            raise InvalidInput(f"{gguf.name} could not be read by transformers: {error}", code="invalid_gguf") from error
+        except (
+            ValueError,
+            TypeError,
+            KeyError,
+            IndexError,
+            AttributeError,
+            RuntimeError,
+            NotImplementedError,
+            OSError,
+            MemoryError,
+        ) as error:
+            raise InvalidInput(f"{gguf.name} could not be read by transformers: {str(error)[:MESSAGE]}", code="invalid_gguf") from error
     wrong = {kind: names for kind, names in info.items() if names}
     if wrong:
-        raise InvalidInput(f"{gguf.name} does not fill its model: {wrong}", code="invalid_gguf")
+        raise InvalidInput(f"{gguf.name} does not fill its model: {str(wrong)[:MESSAGE]}", code="invalid_gguf")
     _account(gguf, header, model)
     model.hf_quantizer = None  # the loader marks the model as quantized, which it is no more
     model.config.__dict__.pop("quantization_config", None)
@@ -138,6 +160,13 @@ def _no_progress(stage: str, share: float) -> None:
     pass
 
 
+def _bound_memory(header: GgufHeader) -> None:
+    """What the metadata make transformers allocate is bounded by the numbers that the file holds."""
+    numbers = sum(header.tensors.values())
+    allowed = MEMORY_BASE + MEMORY_PER_NUMBER * numbers
+    resource.setrlimit(resource.RLIMIT_DATA, (allowed, allowed))
+
+
 def _main(gguf: str, target: str) -> int:
     """Progress and error as lines of JSON on the standard output; what libraries print goes to the other one."""
     output, sys.stdout = sys.stdout, sys.stderr
@@ -146,6 +175,7 @@ def _main(gguf: str, target: str) -> int:
         print(json.dumps(message), file=output, flush=True)
 
     try:
+        _bound_memory(read_gguf_header(Path(gguf)))
         convert_gguf(Path(gguf), Path(target), lambda stage, share: say({"stage": stage, "share": share}))
     except PrecisError as error:
         say({"error": {"kind": type(error).__name__, "message": error.message, "param": error.param, "code": error.code}})

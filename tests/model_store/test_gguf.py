@@ -206,3 +206,28 @@ def test_mutated_headers_are_refused_or_read_by_the_usual_reader(data: st.DataOb
     except InvalidInput:
         return
     assert {tensor.name: tensor.n_elements for tensor in gguf.GGUFReader(path).tensors} == header.tensors
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("feed_forward_length", 1 << 31), ("context_length", (1 << 32) - 1), ("attention.head_count", 1 << 30)]
+)
+def test_metadata_that_ask_for_more_than_the_file_holds(key: str, value: int, small: Path, tmp_path: Path) -> None:
+    """The header is in order; what it makes a model of is not. The process that converts is bounded, and its error comes back as ours."""
+    content = small.read_bytes()
+    position = content.index(f"llama.{key}".encode()) + len(f"llama.{key}") + 4  # past the key and its type
+    path = tmp_path / "x.gguf"
+    path.write_bytes(put("I", position, value)(content))
+    if key == "context_length":  # a number like any other: it allocates nothing
+        convert_gguf_apart(path, tmp_path / "out")
+    else:
+        with pytest.raises(InvalidInput, match=r"x\.gguf"):
+            convert_gguf_apart(path, tmp_path / "out")
+
+
+def test_a_callback_that_gives_up_ends_the_process(small: Path, tmp_path: Path) -> None:
+    def give_up(stage: str, share: float) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert_gguf_apart(small, tmp_path / "out", give_up)
+    assert not (tmp_path / "out" / "model.safetensors").exists()

@@ -24,6 +24,7 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files = files
         self.asked: list[str] = []
+        self.broken: str | None = None  # a file that the hub fails to give
 
     @property
     def url(self) -> str:
@@ -45,7 +46,10 @@ class Handler(BaseHTTPRequestHandler):
                 [{"type": "file", "path": n, "size": len(c), "oid": hashlib.sha1(c).hexdigest()} for n, c in self.server.files.items()]
             )
         elif path.startswith(f"/{REPOSITORY}/resolve/{COMMIT}/") and (name := path.split("/", 5)[5]) in self.server.files:
-            self._file(self.server.files[name])
+            if name == self.server.broken and self.command == "GET":
+                self._send(403, b"{}", {})
+            else:
+                self._file(self.server.files[name])
         else:
             self._missing("RepoNotFound")
 
@@ -92,7 +96,8 @@ from quantizers.errors import PrecisError
 with Store(Path(sys.argv[1])) as store:
     try:
         checkpoint = store.checkpoints.import_hub("tiny", sys.argv[2], sys.argv[3] if len(sys.argv) > 3 else None)
-        print(json.dumps({"digest": checkpoint.digest, "files": sorted(checkpoint.files), "source": checkpoint.source, "torch": "torch" in sys.modules}))
+        facts = {"digest": checkpoint.digest, "files": sorted(checkpoint.files), "source": checkpoint.source}
+        print(json.dumps(facts | {"torch": "torch" in sys.modules}))
     except PrecisError as error:
         print(json.dumps({"error": type(error).__name__, "message": error.message}))
 """
@@ -139,6 +144,17 @@ def test_what_the_hub_lacks_is_named(hub: Hub, tmp_path: Path) -> None:
     assert offline["error"] == "NotFound" and "HF_HUB_OFFLINE is on" in offline["message"]
     for bad in ("a/b/c", "../../etc", "a b"):
         assert imported(tmp_path, hub.url, repo_id=bad)["error"] == "InvalidInput"
+    for bad in ("../../../etc/hostname", "a b", "-x"):
+        assert imported(tmp_path, hub.url, revision=bad)["error"] == "InvalidInput"
+
+
+def test_a_hub_that_breaks_off_is_named_and_leaves_no_checkpoint(hub: Hub, tmp_path: Path) -> None:
+    hub.broken = "model.safetensors"
+    outcome = imported(tmp_path, hub.url)
+    assert outcome["error"] == "NotFound" and "did not give someone/tiny whole" in outcome["message"]
+    assert list((tmp_path / "data" / "checkpoints").iterdir()) == []
+    hub.broken = None
+    assert "digest" in imported(tmp_path, hub.url)
 
 
 def test_a_hub_whose_files_are_no_checkpoint(hub: Hub, tmp_path: Path) -> None:

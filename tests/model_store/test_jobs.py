@@ -67,6 +67,14 @@ def test_jobs_of_dead_processes_are_queued_again_and_given_up_at_last(store: Sto
     assert store.jobs.recover() == ()
 
 
+def test_jobs_of_living_processes_are_left_alone(store: Store) -> None:
+    jobs = [store.jobs.create(name, RECIPE) for name in ("one", "two")]
+    for job, owner in zip(jobs, ("dead", "living"), strict=True):
+        store.jobs.start(job.id, owner)
+    assert [job.id for job in store.jobs.recover(lambda owner: owner == "living")] == [jobs[0].id]
+    assert store.jobs.get(jobs[1].id).state == "running"
+
+
 def test_a_job_outlives_the_store(store: Store) -> None:
     job = store.jobs.create("tiny", RECIPE)
     with Store(store.data_dir) as other:
