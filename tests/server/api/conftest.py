@@ -195,7 +195,9 @@ def serve(demo_store: Store, demo_tokenizer: Tokenizer) -> Serve:
         chosen = Settings(data_dir=demo_store.data_dir, **settings)
         engine = ScriptedEngine(demo_tokenizer.encode_now(SCRIPT))
         app = create_app(chosen, demo_store, engine, JobRunner(chosen, demo_store))
-        listener = socket.create_server(("127.0.0.1", 0))
+        # With its protocol named: asyncio turns off Nagle only on such sockets, and 40 ms of delay an answer would hide everything else.
+        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        listener.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
         thread = threading.Thread(target=server.run, args=([listener],))
