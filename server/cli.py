@@ -15,8 +15,6 @@ from server.settings import Settings
 from server.sources import DEMO
 
 
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 1 the work failed, 2 the caller's input was wrong, 130 interrupted."""
     arguments = _parser().parse_args(argv)
@@ -83,7 +81,7 @@ def _add_settings(parser: argparse.ArgumentParser, names: Sequence[str]) -> None
     for name in names:
         field = Settings.model_fields[name]
         flag = "--" + name.replace("_", "-")
-        text = field.description or ""
+        text = (field.description or "").replace("%", "%%")
         annotation = str(field.annotation)
         if annotation.startswith("list"):
             parser.add_argument(flag, nargs="+", default=argparse.SUPPRESS, dest=f"setting_{name}", metavar="VALUE", help=text)
@@ -95,7 +93,9 @@ def _add_settings(parser: argparse.ArgumentParser, names: Sequence[str]) -> None
 
 def settings_from(arguments: argparse.Namespace) -> Settings:
     """Flags over environment over defaults. Raises InvalidInput naming the first setting that is wrong."""
-    unknown = sorted(key for key in os.environ if key.startswith("PRECIS_") and key.removeprefix("PRECIS_").lower() not in Settings.model_fields)
+    unknown = sorted(
+        key for key in os.environ if key.startswith("PRECIS_") and key.removeprefix("PRECIS_").lower() not in Settings.model_fields
+    )
     if unknown:
         raise InvalidInput(f"{unknown[0]} is no setting; the settings are listed by `precis serve --help`", param=unknown[0])
     given = {name.removeprefix("setting_"): value for name, value in vars(arguments).items() if name.startswith("setting_")}

@@ -10,11 +10,25 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
+from server.quantizing import resolve_device
 from server.settings import Settings
 
 _CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "asimddp")
 _PACKAGES = ("torch", "transformers", "bitsandbytes", "fastapi", "safetensors")
-_FORMATS = ("fp32", "bf16", "rtn-w8", "rtn-w8a8", "rtn-w4g64", "rtn-w4g64z", "rtn-w4g32m", "rtn-w3g64", "rtn-w2g64", "bnb-int8", "bnb-nf4", "bnb-fp4")
+_FORMATS = (
+    "fp32",
+    "bf16",
+    "rtn-w8",
+    "rtn-w8a8",
+    "rtn-w4g64",
+    "rtn-w4g64z",
+    "rtn-w4g32m",
+    "rtn-w3g64",
+    "rtn-w2g64",
+    "bnb-int8",
+    "bnb-nf4",
+    "bnb-fp4",
+)
 
 
 def doctor(settings: Settings, *, as_json: bool) -> None:
@@ -55,16 +69,20 @@ def _cpu_flags() -> set[str]:
 
 
 def _kernels(device: str) -> dict[str, str]:
-    from quantizers.kernels import explain
-    from quantizers.recipe import parse_recipe
-
-    target = _resolve(device)
-    return {slug: explain(parse_recipe(slug).scheme, target) for slug in _FORMATS}
-
-
-def _resolve(device: str) -> str:
+    """Kernel that runs each format on a layer of 4096 x 4096."""
     import torch
 
-    if device != "auto":
-        return device
-    return "cuda:0" if torch.cuda.is_available() else "cpu"
+    from quantizers.kernels import LayerKind, select
+    from quantizers.recipe import parse_recipe
+    from quantizers.scheme import FloatScheme
+    from quantizers.skeleton import DTYPES
+
+    target = torch.device(resolve_device(device))
+    found = {}
+    for slug in _FORMATS:
+        recipe = parse_recipe(slug)
+        if isinstance(recipe.scheme, FloatScheme):
+            found[slug] = "torch"
+        else:
+            found[slug] = select(LayerKind(recipe.scheme, 4096, 4096, DTYPES[recipe.dtype], target)).name
+    return found

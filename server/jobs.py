@@ -79,7 +79,7 @@ class JobRunner:
                 await self._changed.wait()
         return job
 
-    async def changed(self, job_id: str, last_event_id: int, timeout: float) -> list[JobEvent]:  # noqa: ASYNC109 - the bound of a long poll
+    async def changed(self, job_id: str, last_event_id: int, timeout: float) -> list[JobEvent]:
         """Events after `last_event_id`, waiting up to `timeout` seconds for the first; empty after that. Raises NotFound."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout), self._changed:
@@ -119,7 +119,8 @@ class JobRunner:
             await run_sync(self._store.jobs.succeed, job.id, last["result"]["variant"])
             return
         error = last.get("error") or {
-            "message": f"the quantization process ended with status {status}" + (", killed, perhaps for want of memory" if status < 0 else ""),
+            "message": f"the quantization process ended with status {status}"
+            + (", killed, perhaps for want of memory" if status < 0 else ""),
             "param": None,
             "code": "process_died",
         }

@@ -28,7 +28,7 @@ class Settings(BaseSettings):
     default_precision: str = Field("bf16", description="recipe that a bare model name stands for")
     recipes: list[str] = Field([], description="recipes to make and load at start, for every model named on the command line")
     on_load: bool = Field(True, description="quantize when a request names a recipe that has no artifact yet")
-    memory_budget_bytes: int | None = Field(None, gt=0, description="ceiling of what residents may hold; default 80 %% of what is free at start")
+    memory_budget_bytes: int | None = Field(None, gt=0, description="ceiling of what residents may hold; default 80 % of what is free")
     max_waiting: int = Field(64, ge=1, description="requests that may wait in the engine before new ones get 503")
     allowed_roots: list[Path] = Field([], description="folders under which POST /v1/checkpoints may import a path")
     allow_hub: bool = Field(False, description="POST /v1/checkpoints may import from the Hugging Face hub")

@@ -16,7 +16,8 @@ Progress = Callable[[str, float], None]  # stage, share done
 def open_checkpoint(store: Store, model: str, progress: Progress) -> Checkpoint:
     """The checkpoint that `model` names, imported where it is not in the store yet.
 
-    Raises InvalidInput naming what a model may be, NotFound for a hub id that neither hub nor cache has, Conflict where other bytes bear the name.
+    Raises InvalidInput naming what a model may be, NotFound for a hub id that neither hub nor cache has, Conflict where other bytes
+    bear the name.
     """
     path = Path(model)
     if path.is_dir():
@@ -30,7 +31,8 @@ def open_checkpoint(store: Store, model: str, progress: Progress) -> Checkpoint:
     except (NotFound, InvalidInput) as error:
         known = ", ".join(checkpoint.name for checkpoint in store.checkpoints.list()) or "none yet"
         raise InvalidInput(
-            f"{model!r} is no checkpoint here ({known}), no folder, no .gguf file and no Hugging Face id of the form owner/name", param="model"
+            f"{model!r} is no checkpoint here ({known}), no folder, no .gguf file and no Hugging Face id of the form owner/name",
+            param="model",
         ) from error
 
 

@@ -1,0 +1,143 @@
+"""`precis quantize` and `precis evaluate`: the work that needs no server, in this process, with progress. Imports torch."""
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoConfig
+
+from model_store.checkpoints import Checkpoint
+from model_store.store import Store
+from model_store.variants import Manifest
+from quantizers.calibration import Text, evaluation_text, token_windows
+from quantizers.errors import InvalidInput, NotFound
+from quantizers.evaluate import WINDOW_TOKENS
+from quantizers.evaluate import evaluate as measure
+from quantizers.model import LoadedModel, load_model
+from quantizers.pipeline import Progress
+from quantizers.recipe import parse_recipe
+from quantizers.report import Report
+from quantizers.shared import SharedTensors
+from server.console import Share, bar
+from server.plot import plot_quality
+from server.quantizing import ensure_variant, make_variant, resolve_device
+from server.settings import Settings
+from server.sources import open_checkpoint
+from server.text.tokenizer import Tokenizer
+
+
+def quantize(settings: Settings, model: str, slugs: Sequence[str]) -> None:
+    """Make variants; one that exists is left as it is. All recipes are checked before the first runs."""
+    for slug in slugs:
+        if parse_recipe(slug).is_baseline:
+            raise InvalidInput(f"{slug} is a baseline: it is served from the checkpoint as it is", param="recipes")
+    console = Console(stderr=True)
+    with Store(settings.data_dir) as store:
+        checkpoint = _open(store, model)
+        for slug in dict.fromkeys(slugs):
+            try:
+                variant = store.variants.get(checkpoint.name, slug)
+                console.print(f"{variant.id} exists: {variant.bytes / 1e6:.1f} MB", highlight=False)
+            except NotFound:
+                with bar(f"{checkpoint.name}@{slug}") as share:
+                    variant = make_variant(store, checkpoint.name, slug, device=settings.device, progress=_shares(share))
+                console.print(f"{variant.id}: {variant.bytes / 1e6:.1f} MB in {variant.facts['seconds']:.1f} s", highlight=False)
+
+
+def evaluate(
+    settings: Settings, model: str, slugs: Sequence[str], *, text_file: Path | None, windows: int, as_json: bool, plot: Path | None
+) -> None:
+    """Measure recipes against the checkpoint's fp32, keep the reports with the variants, print a table or JSON, and draw the plot."""
+    text = evaluation_text() if text_file is None else _read(text_file)
+    for slug in slugs:
+        parse_recipe(slug)
+    if plot is not None and plot.suffix not in (".svg", ".png"):
+        raise InvalidInput(f"{str(plot)!r}: a plot is written as .svg or .png", param="plot")
+    with Store(settings.data_dir) as store:
+        checkpoint = _open(store, model)
+        tokens = token_windows(Tokenizer(checkpoint.dir).encode_now, text, length=WINDOW_TOKENS, count=windows)
+        reports = _measure(store, checkpoint, list(dict.fromkeys(slugs)), tokens, text, settings.device)
+    if as_json:
+        print(json.dumps([report.model_dump() for report in reports.values()], indent=2))
+    else:
+        Console().print(_table(checkpoint.name, reports))
+    if plot is not None:
+        plot_quality(checkpoint.name, list(reports.values()), plot)
+
+
+def _open(store: Store, model: str) -> Checkpoint:
+    with bar(f"importing {model}") as share:
+        return open_checkpoint(store, model, share)
+
+
+def _read(file: Path) -> Text:
+    try:
+        return Text(file.name, file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInput(f"{str(file)!r} is no readable UTF-8 text: {error}", param="text") from error
+
+
+def _measure(store: Store, checkpoint: Checkpoint, slugs: list[str], windows: torch.Tensor, text: Text, device: str) -> dict[str, Report]:
+    """Reports by slug, stored with the variants."""
+    target = resolve_device(device)
+    for slug in slugs:
+        if not parse_recipe(slug).is_baseline:
+            with bar(f"{checkpoint.name}@{slug}") as share:
+                ensure_variant(store, checkpoint.name, slug, device=device, progress=_shares(share))
+    shared = SharedTensors()
+    with ExitStack() as stack, bar("evaluating") as share:
+        loaded = {slug: _load(store, checkpoint, slug, target, shared) for slug in dict.fromkeys(["fp32", *slugs])}
+        for model in loaded.values():
+            stack.callback(model.close)
+        reports = measure(loaded["fp32"].model, {slug: loaded[slug] for slug in slugs}, windows, text, progress=_shares(share))
+    for slug, report in reports.items():
+        _keep(store, checkpoint, slug, report)
+    return reports
+
+
+def _load(store: Store, checkpoint: Checkpoint, slug: str, device: str, shared: SharedTensors) -> LoadedModel:
+    recipe = parse_recipe(slug)
+    config = AutoConfig.from_pretrained(checkpoint.dir, local_files_only=True)
+    artifact = None if recipe.is_baseline else store.variants.get(checkpoint.name, slug).tensors()
+    return load_model(config, recipe, checkpoint.tensors(), artifact, device=device, shared=shared, checkpoint_key=checkpoint.digest)
+
+
+def _keep(store: Store, checkpoint: Checkpoint, slug: str, report: Report) -> None:
+    """A baseline has no artifact, but its report needs a place: a variant of a manifest alone."""
+    recipe = parse_recipe(slug)
+    if recipe.is_baseline:
+        try:
+            store.variants.get(checkpoint.name, slug)
+        except NotFound:
+            with store.variants.create(checkpoint.name, slug) as draft:
+                draft.commit(Manifest(checkpoint=checkpoint.name, checkpoint_digest=checkpoint.digest, recipe=recipe, slug=slug))
+    store.variants.set_report(checkpoint.name, slug, report.model_dump())
+
+
+def _table(name: str, reports: dict[str, Report]) -> Table:
+    first = next(iter(reports.values()))
+    title = f"{name} on {first.text}, {first.windows} windows of {first.window_tokens} tokens, {first.device}"
+    table = Table("recipe", title=title, title_justify="left")
+    for column in ("perplexity", "KL to fp32", "KL p99", "top-1", "MB", "of them shared", "tokens/s", "kernels"):
+        table.add_column(column, justify="left" if column == "kernels" else "right")
+    for slug, report in reports.items():
+        table.add_row(
+            slug,
+            f"{report.perplexity:.3f}",
+            f"{report.kl_divergence:.5f}",
+            f"{report.kl_divergence_p99:.4f}",
+            f"{report.top1_agreement:.1%}",
+            f"{sum(report.bytes.values()) / 1e6:.1f}",
+            f"{report.bytes.get('shared_weights', 0) / 1e6:.1f}",
+            f"{report.decode_tokens_per_second:.1f}",
+            ", ".join(f"{kernel} x{count}" for kernel, count in sorted(report.kernels.items())),
+        )
+    return table
+
+
+def _shares(share: Share) -> Callable[[Progress], None]:
+    return lambda progress: share(progress.stage, progress.done / progress.total if progress.total else 0.0)
