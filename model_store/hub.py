@@ -17,7 +17,6 @@ from huggingface_hub.errors import (
 from model_store.inspection import KEPT
 from quantizers.errors import InvalidInput, NotFound
 
-
 _REVISION = re.compile(r"(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._/-]{0,254}")  # huggingface_hub makes a path of it
 
 
