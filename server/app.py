@@ -1,6 +1,6 @@
 """The HTTP application: routes, middleware and the lifetime of what stands behind them. Nothing here imports torch."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 
@@ -19,8 +19,11 @@ from server.settings import Settings
 ROUTERS = (completions.router, chat.router, models.router, uploads.router, checkpoints.router, jobs.router, ops.router)
 
 
-def create_app(settings: Settings, store: Store, engine: Engine, job_runner: JobRunner) -> FastAPI:
-    """The application over the given parts. Its lifespan starts and stops the engine and the job runner; the store stays the caller's."""
+def create_app(settings: Settings, store: Store, engine: Engine, job_runner: JobRunner, *, preload: Sequence[str] = ()) -> FastAPI:
+    """The application over the given parts. Its lifespan starts and stops the engine and the job runner; the store stays the caller's.
+
+    `preload` are model ids to make resident once it listens, one after the other; `/ready` answers 503 until all of them are.
+    """
     metrics = Metrics()
     metrics.registry.register(Gauges(store, engine))
     services = Services(settings, store, engine, job_runner, Catalog(settings, store, engine, job_runner, metrics), metrics)
@@ -31,6 +34,7 @@ def create_app(settings: Settings, store: Store, engine: Engine, job_runner: Job
         try:
             await job_runner.start()
             try:
+                services.catalog.preload(preload)
                 yield
             finally:
                 await services.catalog.stop()

@@ -3,6 +3,8 @@
 import asyncio
 import logging
 import time
+from collections.abc import Sequence
+from typing import Any
 
 from anyio.to_thread import run_sync
 
@@ -25,6 +27,8 @@ class Catalog:
     def __init__(self, settings: Settings, store: Store, engine: Engine, jobs: JobRunner, metrics: Metrics) -> None:
         self._settings, self._store, self._engine, self._jobs, self._metrics = settings, store, engine, jobs, metrics
         self._loading: dict[VariantKey, asyncio.Task[ResidentInfo]] = {}
+        self._preloading: asyncio.Task[None] | None = None
+        self.awaited: set[str] = set()  # preloads that are not resident yet; one that failed stays until a later load succeeds
         self._tokenizers: dict[str, tuple[str, asyncio.Task[Tokenizer]]] = {}  # checkpoint -> (digest, tokenizer)
 
     async def resolve(self, model: str) -> VariantKey:
@@ -83,6 +87,11 @@ class Catalog:
                 "and see GET /v1/quantize/jobs"
             ) from error
 
+    def preload(self, models: Sequence[str]) -> None:
+        """Begin to make these resident, one after the other. A failure is logged and does not keep the rest from loading."""
+        self.awaited = set(models)
+        self._preloading = asyncio.create_task(self._preload(models), name="preload")
+
     async def tokenizer(self, name: str) -> Tokenizer:
         """The checkpoint's tokenizer, read once, in a thread (about 0.3 s)."""
         checkpoint = await self.checkpoint(name)
@@ -94,10 +103,18 @@ class Catalog:
 
     async def stop(self) -> None:
         """Cancel the loads under way."""
-        tasks = [*self._loading.values(), *(task for _, task in self._tokenizers.values())]
+        preloading = [] if self._preloading is None else [self._preloading]
+        tasks: list[asyncio.Task[Any]] = [*preloading, *self._loading.values(), *(task for _, task in self._tokenizers.values())]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _preload(self, models: Sequence[str]) -> None:
+        for model in models:
+            try:
+                await self.make_resident(await self.resolve(model))
+            except PrecisError as error:
+                logger.error("%s could not be loaded at start: %s", model, error.message)
 
     async def _make_resident(self, key: VariantKey) -> ResidentInfo:
         begun = time.perf_counter()
@@ -111,6 +128,7 @@ class Catalog:
             artifact_dir = str(variant.dir)
         info = await self._engine.load(VariantSpec(key=key, checkpoint_dir=str(checkpoint.dir), artifact_dir=artifact_dir))
         self._metrics.load_duration.labels(key.model, key.precision, source).observe(time.perf_counter() - begun)
+        self.awaited -= {str(key), key.model} if key.precision == self._settings.default_precision else {str(key)}
         return info
 
     async def _quantize(self, key: VariantKey) -> None:

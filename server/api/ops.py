@@ -22,15 +22,15 @@ async def health() -> dict[str, str]:
 
 @router.get("/ready")
 async def ready(request: Request, model: str | None = None) -> JSONResponse:
-    """200 while the engine is up (and, with `?model=`, that variant is resident), else 503; lists the resident variants either way."""
+    """200 while the engine is up and all that was to be loaded at the start is (with `?model=`: that variant is), else 503."""
     services = services_of(request)
-    residents = services.engine.residents() if services.engine.alive else {}
-    is_ready = services.engine.alive
+    alive = services.engine.alive
+    residents = services.engine.residents() if alive else {}
+    models = dict.fromkeys(services.catalog.awaited, False) | {str(key): True for key in residents}
+    is_ready = alive and not services.catalog.awaited
     if model is not None:
-        is_ready = is_ready and await services.catalog.resolve(model) in residents
-    body: dict[str, Any] = {"ready": is_ready, "engine": services.engine.alive, "models": {str(key): True for key in residents}}
-    if model is not None:
-        body["models"][model] = is_ready
+        is_ready = models[model] = await services.catalog.resolve(model) in residents
+    body: dict[str, Any] = {"ready": is_ready, "engine": alive, "models": models}
     return JSONResponse(body, 200 if is_ready else 503)
 
 

@@ -195,14 +195,18 @@ def test_bodies_above_the_limit(serve: Any) -> None:
         assert server.http.post("/v1/completions", json=GOOD_COMPLETION).status_code == 200
 
 
-@pytest.mark.parametrize("path", ["/", "/v1", "/v1/nothing", "/v1/completions/", "/v2/models", "/%00", "/v1/quantize/jobs/nope", "/v1/uploads/nope"])
+@pytest.mark.parametrize(
+    "path", ["/", "/v1", "/v1/nothing", "/v1/completions/", "/v2/models", "/%00", "/v1/quantize/jobs/nope", "/v1/uploads/nope"]
+)
 def test_unknown_routes_and_ids(server: Any, path: str) -> None:
     answer = server.http.get(path)
     assert answer.status_code == 404
     assert answer.json()["error"]["type"] == "not_found_error"
 
 
-@pytest.mark.parametrize(("method", "path", "allowed"), [("GET", "/v1/completions", "POST"), ("DELETE", "/health", "GET"), ("PUT", "/v1/uploads", "POST")])
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"), [("GET", "/v1/completions", "POST"), ("DELETE", "/health", "GET"), ("PUT", "/v1/uploads", "POST")]
+)
 def test_wrong_methods(server: Any, method: str, path: str, allowed: str) -> None:
     answer = server.http.request(method, path)
     check_shape(answer, 405)
@@ -227,7 +231,21 @@ JSON_VALUES = st.recursive(
     lambda children: st.lists(children, max_size=4) | st.dictionaries(st.text(max_size=8), children, max_size=4),
     max_leaves=8,
 )
-FIELDS = ["model", "prompt", "messages", "max_tokens", "stop", "seed", "n", "logprobs", "stream", "stream_options", "logit_bias", "echo", "x"]
+FIELDS = [
+    "model",
+    "prompt",
+    "messages",
+    "max_tokens",
+    "stop",
+    "seed",
+    "n",
+    "logprobs",
+    "stream",
+    "stream_options",
+    "logit_bias",
+    "echo",
+    "x",
+]
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -240,7 +258,12 @@ def test_no_body_makes_a_5xx(server: Any, change: dict[str, Any], chat: bool) ->
 
 def test_api_key(serve: Any) -> None:
     with serve(api_key="correct horse") as server:
-        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "correct horse"}, {"Authorization": "Bearer ümlaut".encode()}):
+        for headers in (
+            {},
+            {"Authorization": "Bearer wrong"},
+            {"Authorization": "correct horse"},
+            {"Authorization": "Bearer ümlaut".encode()},
+        ):
             answer = server.http.get("/v1/models", headers=headers)
             check_shape(answer, 401)
             assert answer.headers["WWW-Authenticate"] == "Bearer"

@@ -69,9 +69,7 @@ def sentencepiece_like() -> RustTokenizer:
     """Words with a leading mark, a byte fallback and a stripped first space, as Llama 2's tokenizer.json decodes."""
     vocabulary = {"<unk>": 0, "▁Hello": 1, "▁world": 2, "!": 3, "▁": 4} | {f"<0x{byte:02X}>": 5 + byte for byte in range(256)}
     rust = RustTokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
-    rust.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
+    rust.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     return rust
 
 
