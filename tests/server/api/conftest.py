@@ -8,7 +8,7 @@ import asyncio
 import socket
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,7 +41,7 @@ from server.text.tokenizer import Tokenizer
 SCRIPT = "The quick brown fox — «über» 鳥が飛ぶ 👩‍🚀🎉 e\u0301a\u0308 jumps.\n\tfinally() { return 42; } "
 CONTEXT = 256
 VOCABULARY = 49152
-EOS = 2
+SMALL_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
 
 @dataclass
@@ -183,6 +183,26 @@ def demo_tokenizer(demo: Path) -> Tokenizer:
     return Tokenizer(demo)
 
 
+@pytest.fixture(scope="session")
+def tiny(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of the demo's family and tokenizer with one narrow layer: a few megabytes, random weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny")
+    config = AutoConfig.from_pretrained(demo)
+    for name, value in {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}.items():
+        setattr(config, name, value)
+    config.num_key_value_heads, config.head_dim = 1, 32
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    for name in SMALL_FILES:
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).write_bytes((demo / name).read_bytes())
+    config.save_pretrained(folder)
+    return folder
+
+
 Serve = Callable[..., AbstractContextManager[Running]]
 
 
@@ -191,10 +211,10 @@ def serve(demo_store: Store, demo_tokenizer: Tokenizer) -> Serve:
     """`with serve(allow_hub=True) as server:` runs one with these settings."""
 
     @contextmanager
-    def run(**settings: Any) -> Iterator[Running]:
+    def run(*, preload: Sequence[str] = (), **settings: Any) -> Iterator[Running]:
         chosen = Settings(data_dir=demo_store.data_dir, **settings)
         engine = ScriptedEngine(demo_tokenizer.encode_now(SCRIPT))
-        app = create_app(chosen, demo_store, engine, JobRunner(chosen, demo_store))
+        app = create_app(chosen, demo_store, engine, JobRunner(chosen, demo_store), preload=preload)
         # With its protocol named: asyncio turns off Nagle only on such sockets, and 40 ms of delay an answer would hide everything else.
         listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listener.bind(("127.0.0.1", 0))

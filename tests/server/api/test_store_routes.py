@@ -11,33 +11,12 @@ import openai
 import pytest
 
 PART = 1 << 20
-SMALL = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
 
 def upload(server: Any, path: Path) -> str:
     done = server.openai.uploads.upload_file_chunked(file=path, mime_type="application/octet-stream", purpose="user_data")
     assert done.status == "completed" and done.file is not None
     return str(done.file.id)
-
-
-@pytest.fixture(scope="session")
-def tiny(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of the demo's family and tokenizer with one narrow layer: a few megabytes, random weights."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    folder = tmp_path_factory.mktemp("tiny")
-    config = AutoConfig.from_pretrained(demo)
-    for name, value in {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}.items():
-        setattr(config, name, value)
-    config.num_key_value_heads, config.head_dim = 1, 32
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    for name in SMALL:
-        (folder / name).unlink(missing_ok=True)
-        (folder / name).write_bytes((demo / name).read_bytes())
-    config.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
@@ -248,7 +227,7 @@ def test_without_on_load_a_missing_variant_is_404_and_says_what_exists(serve: An
         answer = server.http.post("/v1/completions", json={"model": "demo@rtn-w4g64", "prompt": "a"})
         assert answer.status_code == 404
         assert "fp32, bf16, fp16" in answer.json()["error"]["message"] and "/v1/quantize/jobs" in answer.json()["error"]["message"]
-        assert not server.engine.seen and not server.store.jobs.list()
+        assert not server.engine.seen and not server.store.jobs.list(checkpoint="demo")
 
 
 def test_health_ready_version(server: Any) -> None:

@@ -1,0 +1,121 @@
+"""Methods and quantization jobs over HTTP, run by the real job runner in a real process over a small checkpoint."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quantizers.methods import METHODS
+
+
+@pytest.fixture(scope="module")
+def small(tiny: Path, demo_store: Any) -> Iterator[str]:
+    """The name of a checkpoint that quantizes in a moment."""
+    demo_store.checkpoints.import_folder("small", tiny)
+    yield "small"
+    demo_store.checkpoints.delete("small")
+
+
+def events_of(text: str) -> list[tuple[int, str, dict[str, Any]]]:
+    found = []
+    for block in text.split("\n\n"):
+        fields = dict(line.split(": ", 1) for line in block.splitlines() if not line.startswith(":"))
+        if fields:
+            found.append((int(fields["id"]), fields["event"], json.loads(fields["data"])))
+    return found
+
+
+def test_every_method_has_schema_and_defaults(server: Any) -> None:
+    listed = {entry["id"]: entry for entry in server.http.get("/v1/methods").json()["data"]}
+    assert set(listed) == set(METHODS)
+    for name, entry in listed.items():
+        assert entry["summary"] and entry["schema"]["properties"] and entry["defaults"]["name"] == name
+
+
+def test_a_job_from_202_to_an_answer(server: Any, small: str) -> None:
+    answer = server.http.post("/v1/quantize/jobs", json={"model": small, "recipe": "rtn-w4g64"})
+    assert answer.status_code == 202, answer.text
+    where = answer.headers["Location"]
+    assert where == f"/v1/quantize/jobs/{answer.json()['id']}"
+    same = server.http.post("/v1/quantize/jobs", json={"model": small, "recipe": "rtn-w4g64"})
+    assert same.json()["id"] == answer.json()["id"], "one open job a variant"
+    events = events_of(server.http.get(f"{where}/events", timeout=120).text)
+    job = server.http.get(where).json()
+    assert job["state"] == "succeeded", job
+    assert [event_id for event_id, _, _ in events] == list(range(1, len(events) + 1))
+    assert events[0][1] == "queued" and events[-1][1] == "succeeded"
+    resumed = events_of(server.http.get(f"{where}/events", headers={"Last-Event-ID": str(events[-2][0])}).text)
+    assert resumed == events[-1:]
+    assert where.rsplit("/", 1)[1] in [entry["id"] for entry in server.http.get("/v1/quantize/jobs").json()["data"]]
+    assert server.http.post("/v1/quantize/jobs", json={"model": small, "recipe": "rtn-w4g64"}).status_code == 409
+    assert server.http.post(f"{where}/cancel").status_code == 409
+    served = server.http.post("/v1/completions", json={"model": f"{small}@rtn-w4g64", "prompt": "a"})
+    assert served.status_code == 200 and served.headers["X-Served-Precision"] == "rtn-w4g64"
+    assert server.engine.specs[-1].artifact_dir == str(server.store.variants.get(small, "rtn-w4g64").dir)
+    entry = server.openai.models.retrieve(f"{small}@rtn-w4g64")
+    assert entry.method == "rtn" and entry.bytes > 0 and entry.scheme["weight_bits"] == 4
+
+
+def test_a_request_quantizes_on_load_and_says_so_in_the_metrics(server: Any, small: str) -> None:
+    answer = server.http.post("/v1/completions", json={"model": f"{small}@rtn-w8", "prompt": "a"}, timeout=120)
+    assert answer.status_code == 200, answer.text
+    line = f'precis_model_load_duration_seconds_count{{model="{small}",precision="rtn-w8",source="quantize_on_load"}} 1.0'
+    assert line in server.http.get("/metrics").text
+
+
+def test_waiting_for_a_variant_is_bounded(serve: Any, small: str) -> None:
+    with serve(load_timeout_seconds=0.3) as server:
+        answer = server.http.post("/v1/completions", json={"model": f"{small}@rtn-w4g32", "prompt": "a"})
+        assert answer.status_code == 503 and answer.json()["error"]["code"] == "overloaded"
+        job = server.http.get("/v1/quantize/jobs").json()["data"][-1]
+        assert job["slug"] == "rtn-w4g32" and job["state"] in ("queued", "running"), "the work goes on"
+        assert server.http.post(f"/v1/quantize/jobs/{job['id']}/cancel").json()["state"] == "cancelled"
+
+
+def test_upload_and_quantize_starts_its_jobs(server: Any, tiny: Path) -> None:
+    ids = []
+    for path in sorted(tiny.iterdir()):
+        done = server.openai.uploads.upload_file_chunked(file=path, mime_type="application/octet-stream", purpose="user_data")
+        ids.append(done.file.id)
+    body = {"name": "uploaded", "files": ids, "quantize": ["rtn-w4g64", "rtn-w4g64"]}
+    answer = server.http.post("/v1/checkpoints", json=body)
+    assert answer.status_code == 201, answer.text
+    (job,) = answer.json()["jobs"]
+    assert events_of(server.http.get(f"/v1/quantize/jobs/{job['id']}/events", timeout=120).text)[-1][1] == "succeeded"
+    assert server.http.post("/v1/completions", json={"model": "uploaded@rtn-w4g64", "prompt": "a"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param"),
+    [
+        ({"model": "nobody", "recipe": "rtn-w8"}, 404, "model"),
+        ({"model": "small", "recipe": "nothing"}, 400, "recipe"),
+        ({"model": "small", "recipe": "bf16"}, 400, "recipe"),
+        ({"model": "small"}, 400, "recipe"),
+        ({"model": "small", "recipe": 4}, 400, "recipe"),
+        ({"model": "small", "recipe": "rtn-w8", "force": True}, 400, "force"),
+    ],
+)
+def test_bad_jobs(server: Any, small: str, body: dict[str, Any], status: int, param: str) -> None:
+    answer = server.http.post("/v1/quantize/jobs", json=body)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (status, param), answer.text
+
+
+@pytest.mark.parametrize("last", ["x", "-1", "\u0663".encode(), "9" * 30])
+def test_bad_last_event_ids(server: Any, small: str, last: Any) -> None:
+    job = server.http.post("/v1/quantize/jobs", json={"model": small, "recipe": "rtn-w3g128"}).json()
+    answer = server.http.get(f"/v1/quantize/jobs/{job['id']}/events", headers={"Last-Event-ID": last})
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "Last-Event-ID"
+    server.http.post(f"/v1/quantize/jobs/{job['id']}/cancel")
+
+
+def test_what_is_preloaded_is_awaited_by_ready(serve: Any) -> None:
+    with serve(preload=["demo", "demo@fp32", "nobody"]) as server:
+        server.wait_for(lambda: len(server.engine.resident) == 2)
+        ready = server.http.get("/ready")
+        assert ready.status_code == 503
+        assert ready.json()["models"] == {"demo@bf16": True, "demo@fp32": True, "nobody": False}
+    with serve(preload=["demo"]) as server:
+        server.wait_for(lambda: server.http.get("/ready").status_code == 200)
