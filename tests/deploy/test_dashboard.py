@@ -139,7 +139,7 @@ def _values(prometheus: Prometheus, precisions: list[str]) -> "Values":
 
 
 def test_every_query_has_data(dashboard: "Dashboard", prometheus: Prometheus) -> None:
-    """For each precision that had traffic. A baseline has no artifact and what is shared belongs to no precision, so there one series is enough."""
+    """For each precision that had traffic. One series is enough of artifacts, which baselines lack, and of what is shared."""
     missing: list[str] = []
     for query in dashboard.queries:
         if query.repeated:
