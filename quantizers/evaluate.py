@@ -4,6 +4,7 @@ Reference and variants run the same window side by side, and their distributions
 grow with the text.
 """
 
+import inspect
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -92,16 +93,21 @@ def _logits(model: PreTrainedModel, window: Tensor, slug: str) -> Tensor:
 
 def decode_speed(model: PreTrainedModel, prompt: Tensor, tokens: int) -> float:
     """Greedy tokens a second, one sequence, the prompt and the first steps not counted. `prompt` int64 [tokens]."""
-    cache = DynamicCache(config=model.config)
+    cache = {_cache_argument(model): DynamicCache(config=model.config)}
     device = model.device
     token = prompt[None].to(device)
     with torch.inference_mode():
         for index in range(_WARM_UP_TOKENS + tokens):
             if index == _WARM_UP_TOKENS:
                 started = _now(device)
-            logits = model(token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            logits = model(token, **cache, use_cache=True, logits_to_keep=1).logits
             token = logits[:, -1].argmax(-1, keepdim=True)
         return tokens / (_now(device) - started)
+
+
+def _cache_argument(model: PreTrainedModel) -> str:
+    """transformers renamed `past_key_values` to `cache` during 5.x, and warns at the old name."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _now(device: torch.device) -> float:

@@ -84,7 +84,6 @@ def load_model(
     keys: list[SharedKey] = []
     try:
         _fill_unquantized(plan, checkpoint, target, shared, checkpoint_key, keys)
-        _fill_computed_buffers(plan.model, target)
         return _measured(plan, shared, keys)
     except BaseException:
         for key in keys:
@@ -124,6 +123,7 @@ def _plan(config: PretrainedConfig, recipe: Recipe, checkpoint: TensorSource, de
         rows, columns = layer_shape(layer)
         quantized[name] = QuantizedLinear(scheme, columns, rows, bias=layer.bias is not None, dtype=dtype, device=device)
         del tensors[f"{name}.weight"]
+    _fill_computed_buffers(model, device)
     replace(model, quantized)
     return _Plan(model, quantized, tensors, own, dtype)
 
@@ -172,7 +172,6 @@ def _fill_unquantized(
                 tensor = shared.acquire(shared_key, lambda key=key, dtype=dtype: _fetch(checkpoint, key, dtype, device))  # type: ignore[misc]
                 keys.append(shared_key)
             parameters[key] = nn.Parameter(tensor, requires_grad=False)
-            parameters[key]._is_hf_initialized = True  # type: ignore[attr-defined]  # or transformers would draw it anew
         put_tensor(plan.model, name, parameters[key])
 
 
@@ -194,12 +193,11 @@ def _computed_buffers(model: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
 
 
 def _fill_computed_buffers(model: PreTrainedModel, device: torch.device) -> None:
-    """As `from_pretrained` does: the model's own initialization fills what was not loaded, and leaves what was."""
+    """As `from_pretrained` does: the model's own initialization computes them. It runs while every parameter is still on the meta device,
+    where drawing weights costs nothing, and before layers are replaced, whose weights an architecture's initialization may ask for.
+    """
     for module, name, buffer in _computed_buffers(model):
         module._buffers[name] = torch.empty_like(buffer, device=device)
-    for module in model.modules():
-        if isinstance(module, QuantizedLinear):
-            module._is_hf_initialized = True  # type: ignore[assignment]
     model.initialize_weights()
 
 

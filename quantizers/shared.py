@@ -34,5 +34,7 @@ class SharedTensors:
         with self._lock:
             return sum(tensor.nbytes for tensor, _ in self._entries.values())
 
-    def __len__(self) -> int:
+    @property
+    def count(self) -> int:
+        """Tensors held now."""
         return len(self._entries)

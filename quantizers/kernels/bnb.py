@@ -73,7 +73,8 @@ class Bnb4BitCpu(Kernel):
 class BnbInt8Cpu(Kernel):
     """LLM.int8() through bitsandbytes' operators, in fp32 outside the int8 product.
 
-    bitsandbytes' own layer would cast bf16 inputs to fp16, which overflows at 65504; its operators take fp32. An outlier in one token
+    bitsandbytes' own layer would cast bf16 inputs to fp16, which overflows at 65504 (and on a CPU would leave the tokens in floating
+    point); its operators take fp32 and do what the layer does on a GPU. An outlier in one token
     takes its column out of int8 for all the tokens that are computed with it: that is the algorithm, so results depend on the batch.
     """
 

@@ -1,0 +1,37 @@
+// The inputs of a matrix product in the forms that the kernels read: tiles of quantized tokens, or plain rows.
+//
+// Tokens are quantized into tiles of at most kTile, so that the products of several tokens with one weight vector need one load each:
+// a tile of n tokens that begins at token t0 holds its codes at byte t0 * columns as [columns / 4][n] words of four codes, and its
+// scales at t0 * groups as [groups][n]. One token is the tile of one, that is, plain rows.
+#pragma once
+
+#include "layout.h"
+
+namespace precis {
+
+constexpr int kTile = 6;  // 6 tokens x 32 rows of sums and of totals fill the 32 vector registers of AVX-512
+
+struct QuantizedTokens {
+    int8_t* codes = nullptr;
+    float* scale = nullptr;          // value = code * scale
+    int32_t* negated_sum = nullptr;  // minus the sum of a group's codes: an offset of the weights' codes is taken back with it
+    float* scaled_sum = nullptr;     // scale * sum of the codes: what a minimum is multiplied with
+};
+
+struct Activations {
+    int tokens = 0;
+    int columns = 0;
+    QuantizedTokens grouped;  // groups of 32
+    QuantizedTokens token;    // one group a token
+    uint16_t* bf16 = nullptr;     // [tokens][columns]
+    const float* fp32 = nullptr;  // [tokens][columns]
+};
+
+inline int tile_count(int tokens) { return (tokens + kTile - 1) / kTile; }
+
+// First token of a tile: tiles differ by at most one token in size.
+inline int tile_start(int tile, int tokens) { return static_cast<int>(int64_t{tile} * tokens / tile_count(tokens)); }
+
+inline int tile_of(int token, int tokens) { return static_cast<int>((int64_t{token + 1} * tile_count(tokens) - 1) / tokens); }
+
+}  // namespace precis

@@ -1,0 +1,45 @@
+// Which table runs: the best that the processor has, found once.
+#include <atomic>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace precis {
+namespace {
+
+bool runs(const Kernels* table) {
+    if (table == nullptr) return false;
+#if defined(__x86_64__)
+    if (table == avx512_kernels())
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+    if (table == avx2_kernels()) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#endif
+    return true;
+}
+
+const Kernels* best() {
+    for (const Kernels* table : {avx512_kernels(), avx2_kernels()})
+        if (runs(table)) return table;
+    return &scalar_kernels();
+}
+
+std::atomic<const Kernels*>& current() {
+    static std::atomic<const Kernels*> table{best()};
+    return table;
+}
+
+}  // namespace
+
+const Kernels& kernels() { return *current().load(std::memory_order_relaxed); }
+
+bool select_kernels(const char* name) {
+    for (const Kernels* table : {avx512_kernels(), avx2_kernels(), &scalar_kernels()})
+        if (runs(table) && std::strcmp(table->name, name) == 0) {
+            current().store(table);
+            return true;
+        }
+    return false;
+}
+
+}  // namespace precis

@@ -1,0 +1,14 @@
+// The portable kernels, which every processor runs and the others are measured against.
+#include "isa.h"
+
+#define PRECIS_ISA "scalar"
+
+namespace precis {
+namespace {
+#include "simd_scalar.h"
+#include "kernels.inc"
+}  // namespace
+
+const Kernels& scalar_kernels() { return kTable; }
+
+}  // namespace precis

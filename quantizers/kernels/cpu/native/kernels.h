@@ -1,0 +1,58 @@
+// The dispatch table: what an instruction set provides. All functions run on the calling thread and write only what they are given.
+//
+// One source (the .inc files) is compiled once for each instruction set over a vector of 16 floats, so that every set does the same
+// floating-point operations in the same order: their results are the same to the bit, and the scalar one is the specification.
+#pragma once
+
+#include "activations.h"
+
+namespace precis {
+
+// One chunk of the context for the query rows that share a key/value head.
+struct AttendCall {
+    const void* query;  // [rows][head_dim], bf16 or fp32, already scaled
+    int rows;           // 1 to kQueries
+    int head_dim;       // multiple of 16
+    bool fp32;
+    int blocks;                       // 1 to kChunkBlocks
+    const uint8_t* keys[4];           // the key plane of each block, see cache.h
+    const uint8_t* values[4];
+    int start;                        // position of the chunk's first slot
+    const int* first;                 // row i attends to the positions first[i] <= p < limit[i]; at least one lies in the chunk
+    const int* limit;
+    float* max;   // [rows]
+    float* sum;   // [rows]
+    float* out;   // [rows][head_dim], not yet divided by the sum
+};
+
+constexpr int kQueries = 8;
+constexpr int kBlockTokens = 16;  // positions of a cache block: one lane each
+constexpr int kChunkBlocks = 4;
+constexpr int kChunk = kBlockTokens * kChunkBlocks;  // the split of the context, fixed so that no result depends on threads or batch
+
+struct Kernels {
+    const char* name;
+    // One row into the form that `kind` reads. NaN or infinity make the scale of their group NaN.
+    void (*quantize_row)(Kind kind, const float* x, const Activations& into, int row);
+    // One token: y[row - row0] for rows row0 <= row < row1; row0 is a multiple of 16.
+    void (*matvec)(const Matrix& m, const Activations& a, int64_t row0, int64_t row1, float* y);
+    // All tokens of `a`: y[token * stride + row - row0]; row0 is a multiple of 32. `panel` has panel_bytes(columns).
+    void (*matmul)(const Matrix& m, const Activations& a, int64_t row0, int64_t row1, float* y, int64_t stride, uint8_t* panel);
+    void (*rms_norm)(const float* x, const float* weight, float eps, int n, float* y);
+    void (*silu_mul)(const float* gate, const float* up, int n, float* y);
+    void (*attend)(const AttendCall& call);
+    // (max, sum, out) of the positions so far with those of the next chunk, for one row.
+    void (*merge)(float* max, float* sum, float* out, float next_max, float next_sum, const float* next_out, int head_dim);
+};
+
+// Two blocks unpacked to bytes, with their scales and zeros as floats.
+constexpr int64_t panel_bytes(int64_t columns) { return kPanel * columns + 2 * int64_t{kPanel} * columns / kInputs * 4; }
+
+const Kernels& scalar_kernels();
+const Kernels* avx2_kernels();    // null where it was not compiled
+const Kernels* avx512_kernels();
+
+const Kernels& kernels();                 // the best that this processor runs, or the one selected
+bool select_kernels(const char* name);    // false where it cannot run here
+
+}  // namespace precis

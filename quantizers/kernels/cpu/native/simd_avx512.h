@@ -1,0 +1,92 @@
+// Sixteen lanes in one register: AVX-512 with VNNI and BF16. Included inside a namespace whose code is compiled for them.
+struct V {
+    using F = __m512;   // 16 floats
+    using D = __m512i;  // 16 int32
+    using B = __m512i;  // 64 bytes
+    static constexpr int kWidth = 6;   // tokens of a tile that are worked on at a time
+    static constexpr int kBlocks = 2;  // blocks of rows that are worked on at a time
+
+    PRECIS_INLINE static F zero() { return _mm512_setzero_ps(); }
+    PRECIS_INLINE static F set(float x) { return _mm512_set1_ps(x); }
+    PRECIS_INLINE static F load(const float* p) { return _mm512_loadu_ps(p); }
+    PRECIS_INLINE static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
+    PRECIS_INLINE static F add(F a, F b) { return _mm512_add_ps(a, b); }
+    PRECIS_INLINE static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+    PRECIS_INLINE static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+    PRECIS_INLINE static F div(F a, F b) { return _mm512_div_ps(a, b); }
+    PRECIS_INLINE static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+    PRECIS_INLINE static F max(F a, F b) { return _mm512_max_ps(a, b); }  // b where either is NaN
+    PRECIS_INLINE static F min(F a, F b) { return _mm512_min_ps(a, b); }
+    PRECIS_INLINE static F round(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+    // Lanes below `count` of x, the others of y.
+    PRECIS_INLINE static F first(int count, F x, F y) { return _mm512_mask_blend_ps(static_cast<__mmask16>((1u << count) - 1), y, x); }
+    // x * 2^n for whole n in [-126, 127].
+    PRECIS_INLINE static F scale2(F x, F n) {
+        return mul(x, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23)));
+    }
+    PRECIS_INLINE static float sum(F x) {
+        const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+        return sum_eight(eight);
+    }
+    PRECIS_INLINE static float sum_eight(__m256 x) {
+        const __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+        const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+        return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+    }
+    // The sums of four vectors, in the order of `sum`.
+    PRECIS_INLINE static void sum4(F a, F b, F c, F d, float* out) {
+        const __m128 p = quarter(a), q = quarter(b), r = quarter(c), s = quarter(d);
+        const __m128 pq = _mm_add_ps(_mm_unpacklo_ps(p, q), _mm_unpackhi_ps(p, q));
+        const __m128 rs = _mm_add_ps(_mm_unpacklo_ps(r, s), _mm_unpackhi_ps(r, s));
+        _mm_storeu_ps(out, _mm_add_ps(_mm_movelh_ps(pq, rs), _mm_movehl_ps(rs, pq)));
+    }
+    PRECIS_INLINE static __m128 quarter(F x) {
+        const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+        return _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    }
+    // The largest magnitude as the bits of a float, so that NaN and infinity are the largest of all.
+    PRECIS_INLINE static D magnitude(F x) { return _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff)); }
+    PRECIS_INLINE static D max(D a, D b) { return _mm512_max_epi32(a, b); }
+    PRECIS_INLINE static int32_t largest(D x) { return _mm512_reduce_max_epi32(x); }
+
+    PRECIS_INLINE static D dset(int32_t x) { return _mm512_set1_epi32(x); }
+    PRECIS_INLINE static D dadd(D a, D b) { return _mm512_add_epi32(a, b); }
+    template <int N>
+    PRECIS_INLINE static D dshl(D x) { return _mm512_slli_epi32(x, N); }
+    PRECIS_INLINE static int32_t dsum(D x) { return _mm512_reduce_add_epi32(x); }
+    PRECIS_INLINE static F to_float(D x) { return _mm512_cvtepi32_ps(x); }
+    PRECIS_INLINE static D to_int(F x) { return _mm512_cvtps_epi32(x); }  // to the nearest, ties to even
+    PRECIS_INLINE static D clamp8(D x) {
+        return _mm512_max_epi32(_mm512_min_epi32(x, _mm512_set1_epi32(127)), _mm512_set1_epi32(-128));
+    }
+    PRECIS_INLINE static void store8(int8_t* p, D x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x)); }
+
+    PRECIS_INLINE static B bload(const void* p) { return _mm512_loadu_si512(p); }
+    PRECIS_INLINE static void bstore(void* p, B x) { _mm512_storeu_si512(p, x); }
+    PRECIS_INLINE static B band(B x, uint8_t mask) { return _mm512_and_si512(x, _mm512_set1_epi8(static_cast<char>(mask))); }
+    PRECIS_INLINE static B bor(B a, B b) { return _mm512_or_si512(a, b); }
+    template <int N>
+    PRECIS_INLINE static B shr(B x) { return _mm512_srli_epi16(x, N); }  // bits that cross a byte are masked away by the caller
+    template <int N>
+    PRECIS_INLINE static B shl(B x) { return _mm512_slli_epi16(x, N); }
+    PRECIS_INLINE static B word(const void* p) {
+        int32_t x;
+        std::memcpy(&x, p, 4);
+        return _mm512_set1_epi32(x);
+    }
+    PRECIS_INLINE static B low_half(B x) { return _mm512_and_si512(x, _mm512_set1_epi32(0xffff)); }
+    PRECIS_INLINE static F as_float(B x) { return _mm512_castsi512_ps(x); }
+    // acc + the four products of unsigned `w` and signed `x` in each lane, exact modulo 2^32.
+    PRECIS_INLINE static D dot(D acc, B w, B x) { return _mm512_dpbusd_epi32(acc, w, x); }
+    // acc + odd product, then + even product, each a fused multiply-add that takes and gives subnormals as zero.
+    PRECIS_INLINE static F dot_bf16(F acc, B w, B x) { return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)x); }
+
+    PRECIS_INLINE static F half(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p))); }
+    PRECIS_INLINE static F bytes(const void* p) {
+        return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))));
+    }
+    // Nearest bf16, ties to even; subnormals become zero.
+    PRECIS_INLINE static void store_bf16(uint16_t* p, F x) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(x));
+    }
+};

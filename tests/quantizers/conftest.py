@@ -1,0 +1,73 @@
+"""Small models of several architectures with random weights, and tensor sources and sinks in memory."""
+
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen2Config
+
+from model_store.formats.safetensors import SafetensorsSource
+from quantizers.tensors import TensorSource
+
+
+class MemoryTensors(dict[str, torch.Tensor]):
+    """A TensorSource, and by `__setitem__` a sink."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self[name].dtype
+
+    def get(self, name: str) -> torch.Tensor:  # type: ignore[override]
+        return self[name]
+
+    def keys(self) -> Collection[str]:  # type: ignore[override]
+        return list(super().keys())
+
+
+@pytest.fixture
+def memory_tensors() -> type[MemoryTensors]:
+    return MemoryTensors
+
+
+def tiny_config(family: str) -> PretrainedConfig:
+    common = {"vocab_size": 96, "max_position_embeddings": 64}
+    if family == "gpt2":
+        return GPT2Config(vocab_size=96, n_positions=64, n_embd=64, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2)
+    heads = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    if family == "qwen2":  # biases in attention
+        return Qwen2Config(**common, **heads, tie_word_embeddings=True)
+    return LlamaConfig(**common, **heads, tie_word_embeddings=family == "llama-tied")
+
+
+FAMILIES = ("llama", "llama-tied", "qwen2", "gpt2")
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def tiny(memory_tensors: type[MemoryTensors]) -> Callable[[str], tuple[PreTrainedModel, MemoryTensors]]:
+    """Family -> transformers' own model with random weights in fp32, and its checkpoint as `save_pretrained` would name it."""
+
+    def make(family: str) -> tuple[PreTrainedModel, MemoryTensors]:
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(tiny_config(family), attn_implementation="sdpa").eval()
+        tied = set(model.all_tied_weights_keys)
+        return model, memory_tensors({name: tensor.detach() for name, tensor in model.state_dict().items() if name not in tied})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def demo_config(demo: Path) -> PretrainedConfig:
+    return AutoConfig.from_pretrained(demo, local_files_only=True)
+
+
+@pytest.fixture(scope="session")
+def demo_tensors(demo: Path) -> TensorSource:
+    return SafetensorsSource([demo / "model.safetensors"])

@@ -1,0 +1,151 @@
+"""The walk: one block at a time, every layer exactly once, failures with the layer's name, and no more memory than a block needs."""
+
+from collections.abc import Callable
+from typing import ClassVar, Literal
+
+import pytest
+import torch
+from transformers import PretrainedConfig
+
+from quantizers.errors import CorruptData, InvalidInput, QuantizationFailed
+from quantizers.methods.base import METHODS, Method
+from quantizers.methods.rtn import quantize_nearest
+from quantizers.pipeline import Block, Progress, quantize
+from quantizers.recipe import Recipe, parse_recipe
+from quantizers.scheme import BnbScheme, FloatScheme, IntegerScheme
+from quantizers.tensors import TensorSource
+from tests.quantizers.conftest import MemoryTensors, tiny_config
+
+
+def test_every_layer_is_written_once_with_its_error(family: str, tiny: Callable) -> None:
+    model, checkpoint = tiny(family)
+    sink = MemoryTensors()
+    steps: list[Progress] = []
+    result = quantize(model.config, checkpoint, parse_recipe("rtn-w4g32z"), sink.__setitem__, progress=steps.append)
+    layers = result.layers
+    assert len({layer.name for layer in layers}) == len(layers) == (14 if family != "gpt2" else 8)
+    assert set(sink) == {f"{layer.name}.{tensor}" for layer in layers for tensor in ("codes", "scale", "zero_point")}
+    assert result.bytes == sum(layer.bytes for layer in layers) == sum(tensor.nbytes for tensor in sink.values())
+    assert all(0.01 < layer.relative_error < 0.2 for layer in layers), "four bits of normal weights are off by about a tenth"
+    assert [step.done for step in steps] == list(range(1, len(layers) + 1)) and steps[-1].seconds_left == 0
+
+
+def test_gpt2s_transposed_layers_are_quantized_along_their_inputs(tiny: Callable) -> None:
+    model, checkpoint = tiny("gpt2")
+    sink = MemoryTensors()
+    quantize(model.config, checkpoint, parse_recipe("rtn-w8g32"), sink.__setitem__)
+    weight = checkpoint["transformer.h.0.mlp.c_fc.weight"]  # [in, out]
+    scheme = IntegerScheme(weight_bits=8, group_size=32)
+    assert torch.equal(sink["transformer.h.0.mlp.c_fc.codes"], quantize_nearest(weight.T, scheme, layer="c_fc").tensors["codes"])
+
+
+def test_the_output_matrix_in_pieces_is_the_output_matrix_at_once(tiny: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, checkpoint = tiny("llama-tied")
+    sink = MemoryTensors()
+    monkeypatch.setattr("quantizers.pipeline._HEAD_ROWS", 7)
+    result = quantize(model.config, checkpoint, parse_recipe("rtn-w4g32-head8"), sink.__setitem__)
+    scheme = IntegerScheme(weight_bits=8, group_size=32)
+    whole = quantize_nearest(checkpoint["model.embed_tokens.weight"], scheme, layer="lm_head")
+    for name, tensor in whole.tensors.items():
+        assert torch.equal(sink[f"lm_head.{name}"], tensor)
+    weight = checkpoint["model.embed_tokens.weight"]
+    assert result.layers[-1].name == "lm_head" and result.layers[-1].bytes == whole.bytes
+    assert result.layers[-1].relative_error == pytest.approx(((weight - whole.dequantize()).norm() / weight.norm()).item(), rel=1e-4)
+
+
+def test_the_checkpoint_is_left_alone(tiny: Callable) -> None:
+    model, checkpoint = tiny("llama")
+    before = {name: tensor.clone() for name, tensor in checkpoint.items()}
+    quantize(model.config, checkpoint, parse_recipe("bnb-int8"), MemoryTensors().__setitem__)
+    assert all(torch.equal(checkpoint[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("key", ["model.layers.1.mlp.up_proj.weight", "model.layers.0.input_layernorm.weight"])
+def test_numbers_that_are_not_finite_fail_with_the_tensors_name(tiny: Callable, key: str) -> None:
+    model, checkpoint = tiny("llama")
+    checkpoint[key] = checkpoint[key].clone()
+    checkpoint[key].view(-1)[3] = float("inf")
+    with pytest.raises(QuantizationFailed) as failure:
+        quantize(model.config, checkpoint, parse_recipe("rtn-w8"), MemoryTensors().__setitem__)
+    assert failure.value.layer == key
+
+
+def test_groups_that_do_not_fit_fail_with_the_layers_name(tiny: Callable) -> None:
+    model, checkpoint = tiny("llama")  # 64 inputs
+    with pytest.raises(QuantizationFailed, match=r"model\.layers\.0\.self_attn\.q_proj: its 64 inputs .* choose g32, g64"):
+        quantize(model.config, checkpoint, parse_recipe("rtn-w4g128"), MemoryTensors().__setitem__)
+
+
+def test_a_checkpoint_that_is_not_its_configs_is_corrupt(tiny: Callable) -> None:
+    model, checkpoint = tiny("llama")
+    del checkpoint["model.layers.1.mlp.up_proj.weight"]
+    with pytest.raises(CorruptData, match=r"lacks 1 tensors.*model\.layers\.1\.mlp\.up_proj\.weight"):
+        quantize(model.config, checkpoint, parse_recipe("rtn-w8"), MemoryTensors().__setitem__)
+
+
+def test_a_baseline_has_nothing_to_quantize(tiny: Callable) -> None:
+    model, checkpoint = tiny("llama")
+    with pytest.raises(InvalidInput, match="bf16 is a baseline"):
+        quantize(model.config, checkpoint, parse_recipe("bf16"), MemoryTensors().__setitem__)
+
+
+class Cancelled(Exception): ...
+
+
+def test_what_progress_raises_ends_the_run(tiny: Callable) -> None:
+    model, checkpoint = tiny("llama")
+    sink = MemoryTensors()
+
+    def cancel(step: Progress) -> None:
+        if step.done == 3:
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        quantize(model.config, checkpoint, parse_recipe("rtn-w8"), sink.__setitem__, progress=cancel)
+    assert len(sink) == 3 * 2
+
+
+@pytest.fixture
+def careless() -> type[Method]:
+    """A method that forgets a layer, or hands one over twice."""
+
+    class Careless(Method):
+        name: Literal["careless"] = "careless"
+        summary: ClassVar[str] = "forgets"
+        twice: bool = False
+
+        def check(self, scheme: FloatScheme | IntegerScheme | BnbScheme) -> None: ...
+
+        def apply(self, block: Block) -> None:
+            for name, linear in block.linears.items():
+                if self.twice or not name.endswith("down_proj"):
+                    weight = quantize_nearest(linear.weight, block.scheme, layer=name)  # type: ignore[arg-type]
+                    block.put(name, weight)
+                    if self.twice:
+                        block.put(name, weight)
+
+    yield Careless
+    del METHODS["careless"]
+
+
+@pytest.mark.parametrize(("twice", "message"), [(False, r"down_proj: the method left 1 layers"), (True, "handed over twice")])
+def test_a_method_that_forgets_or_repeats_a_layer_fails(careless: type[Method], tiny: Callable, twice: bool, message: str) -> None:
+    model, checkpoint = tiny("llama")
+    recipe = Recipe(methods=(careless(name="careless", twice=twice),), scheme=IntegerScheme(weight_bits=8))
+    with pytest.raises(QuantizationFailed, match=message):
+        quantize(model.config, checkpoint, recipe, MemoryTensors().__setitem__)
+
+
+def test_the_peak_is_some_blocks_not_the_model(demo_config: PretrainedConfig, demo_tensors: TensorSource) -> None:
+    """A block of the demo model takes 14 MB in fp32, its linear layers together 425 MB."""
+    result = quantize(demo_config, demo_tensors, parse_recipe("rtn-w4g32m"), lambda name, tensor: None)
+    assert len(result.layers) == 210 and max(layer.relative_error for layer in result.layers) == 0
+    assert 0 < result.peak_bytes < 200e6
+
+
+def test_an_architecture_that_does_not_exist_is_refused() -> None:
+    config = tiny_config("llama")
+    config.num_key_value_heads = 3
+    config.model_type = "nonsense"
+    with pytest.raises(InvalidInput, match="cannot build"):
+        quantize(PretrainedConfig(), MemoryTensors(), parse_recipe("rtn-w8"), lambda name, tensor: None)
