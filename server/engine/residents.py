@@ -83,10 +83,12 @@ class Residents:
 
         Waits for running sequences where only they are in the way. Raises OutOfMemory and what the loader raises.
         """
-        if self.runner(spec) is None:
+        with self.changed:  # at once: a sequence that grows may evict what is not pinned
+            resident = self.runner(spec) is not None
+            if resident:
+                self.pin(spec.key)
+        if not resident:
             self._replace(spec)
-        else:
-            self.pin(spec.key)
         with self.changed:
             try:
                 on_ready()
@@ -96,8 +98,9 @@ class Residents:
     def _replace(self, spec: VariantSpec) -> None:
         """Load `spec` and leave it pinned."""
         predicted = self._loader.predict(spec)
-        if spec.key in self._residents:
-            self.unload(spec.key)  # the same name for other files, such as an artifact that was made anew
+        with self.changed:
+            if spec.key in self._residents:
+                self.unload(spec.key)  # the same name for other files, such as an artifact that was made anew
         with self.changed:
             gone = self._wait(lambda: self._ledger.victims(spec.key, predicted))
             evicted = [self._evict(key, spec.key) for key in gone]
