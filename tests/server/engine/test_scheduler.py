@@ -8,8 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig
 
-from server.engine.interface import Event, Failed, Finished, Request, ResidentInfo, Sampling, Started, Token, VariantSpec
+from model_store.formats.safetensors import SafetensorsSource, SafetensorsWriter
+from quantizers.pipeline import quantize
+from quantizers.recipe import parse_recipe
+from server.engine.interface import Event, Failed, Finished, Request, ResidentInfo, Sampling, Started, Token, VariantKey, VariantSpec
 from server.engine.loading import FolderLoader, Variant
 from server.engine.messages import Reply, Report, RequestEvent
 from server.engine.residents import Residents
@@ -273,6 +277,30 @@ def test_cancelling_wherever_a_request_is(specs: dict[str, VariantSpec]) -> None
         wait_for(lambda: not bench.scheduler.stats().running)
         assert not bench.ledger.pinned(specs["fp32"].key)
         assert bench.scheduler.stats().memory.residents[0].bytes["kv_cache"] == 0
+
+
+@pytest.mark.parametrize("precision", ["rtn-w4g32", "rtn-w8", "rtn-w8a8", "bnb-nf4"])
+def test_a_quantized_variant_runs_beside_its_baseline(specs: dict[str, VariantSpec], precision: str, tmp_path: Path) -> None:
+    folder = Path(specs["bf16"].checkpoint_dir)
+    with SafetensorsWriter(tmp_path / "model.safetensors") as sink:
+        quantize(
+            AutoConfig.from_pretrained(folder),
+            SafetensorsSource([folder / "model.safetensors"]),
+            parse_recipe(precision),
+            sink,
+            device="cpu",
+        )
+    key = VariantKey(model="tiny", precision=precision)
+    spec = VariantSpec(key=key, checkpoint_dir=str(folder), artifact_dir=str(tmp_path))
+    with running(Bench()) as bench:
+        baseline, quantized = bench.load(1, specs["bf16"]), bench.load(2, spec)
+        assert quantized.predicted_bytes == pytest.approx(sum(quantized.bytes.values()), rel=0.01)
+        assert quantized.bytes["weights"] < baseline.bytes["weights"]
+        assert quantized.bytes["shared_weights"] == baseline.bytes["shared_weights"]
+        memory = bench.scheduler.stats().memory
+        assert memory.shared_bytes == baseline.bytes["shared_weights"] == bench.loader._shared.bytes
+        bench.submit(3, spec, max_tokens=10)
+        assert isinstance(bench.last(3), Finished)
 
 
 def test_unloading(specs: dict[str, VariantSpec]) -> None:
