@@ -23,7 +23,7 @@ from quantizers.skeleton import match_tensors, put_tensor, skeleton
 from quantizers.tensors import TensorSink, TensorSource
 from quantizers.weights import QuantizedScheme, QuantizedWeight, join_rows
 
-_HEAD_ROWS = 4096
+_ROWS = 4096  # of a matrix with a row for every token of the vocabulary: some megabytes at a time
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,11 @@ class Block:
             raise QuantizationFailed(f"the method left {len(self._left)} layers of this block unquantized", layer=min(self._left))
 
 
+def _check_finite(tensor: Tensor, name: str) -> None:
+    if not bool(torch.isfinite(tensor).all()):
+        raise QuantizationFailed("holds NaN or infinity: the checkpoint is damaged", layer=name)
+
+
 def _squares(tensor: Tensor) -> float:
     return float(torch.linalg.vector_norm(tensor)) ** 2
 
@@ -120,6 +125,7 @@ def quantize(
     with PeakMemory(device) as peak, torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
         walk = _Walk(config, source, recipe, sink, torch.device(device), progress)
+        walk.check_rest()
         walk.blocks()
         walk.head()
     return QuantizationResult(tuple(walk.results), sum(layer.bytes for layer in walk.results), walk.elapsed(), peak.bytes)
@@ -148,6 +154,13 @@ class _Walk:
     def elapsed(self) -> float:
         return time.monotonic() - self._started
 
+    def check_rest(self) -> None:
+        """What is not quantized is served as it is, so it is checked too, before any work is done."""
+        blocks = tuple(f"{name}." for name in decoder_blocks(self._model))
+        for key in sorted({key for name, key in self._keys.items() if not name.startswith(blocks)}):
+            for rows in torch.split(self._source.get(key), _ROWS):
+                _check_finite(rows, key)
+
     def blocks(self) -> None:
         scheme = self._recipe.scheme
         assert not isinstance(scheme, FloatScheme)
@@ -167,7 +180,7 @@ class _Walk:
             return
         name = next(reversed(self._layers))
         pieces, error, norm = [], 0.0, 0.0
-        for rows in torch.split(self._source.get(self._keys[f"{name}.weight"]), _HEAD_ROWS):
+        for rows in torch.split(self._source.get(self._keys[f"{name}.weight"]), _ROWS):
             weight = self._copy(rows, name)
             pieces.append(quantize_nearest(weight, self._recipe.head, layer=name))
             error += _squares(weight - pieces[-1].dequantize())
@@ -182,8 +195,7 @@ class _Walk:
     def _copy(self, tensor: Tensor, name: str) -> Tensor:
         """In fp32 on the device; a copy, since methods change weights and the source's may be a mapped file."""
         copy = tensor.to(device=self._device, dtype=torch.float32, copy=True)
-        if not bool(torch.isfinite(copy).all()):
-            raise QuantizationFailed("holds NaN or infinity: the checkpoint is damaged", layer=name)
+        _check_finite(copy, name)
         return copy
 
     def _take(self, name: str, quantized: QuantizedWeight, error: float, norm: float) -> None:

@@ -31,7 +31,7 @@ def skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
             model = AutoModelForCausalLM.from_config(
                 copy.deepcopy(config), dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
             )
-    except (ValueError, TypeError, AttributeError, ZeroDivisionError, RuntimeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, RuntimeError) as error:
         raise InvalidInput(
             f"transformers cannot build a causal language model with sdpa attention of this config (model_type "
             f"{getattr(config, 'model_type', None)!r}): {error}",

@@ -42,7 +42,7 @@ def test_gpt2s_transposed_layers_are_quantized_along_their_inputs(tiny: Callable
 def test_the_output_matrix_in_pieces_is_the_output_matrix_at_once(tiny: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     model, checkpoint = tiny("llama-tied")
     sink = MemoryTensors()
-    monkeypatch.setattr("quantizers.pipeline._HEAD_ROWS", 7)
+    monkeypatch.setattr("quantizers.pipeline._ROWS", 7)
     result = quantize(model.config, checkpoint, parse_recipe("rtn-w4g32-head8"), sink.__setitem__)
     scheme = IntegerScheme(weight_bits=8, group_size=32)
     whole = quantize_nearest(checkpoint["model.embed_tokens.weight"], scheme, layer="lm_head")
@@ -60,7 +60,7 @@ def test_the_checkpoint_is_left_alone(tiny: Callable) -> None:
     assert all(torch.equal(checkpoint[name], tensor) for name, tensor in before.items())
 
 
-@pytest.mark.parametrize("key", ["model.layers.1.mlp.up_proj.weight", "model.layers.0.input_layernorm.weight"])
+@pytest.mark.parametrize("key", ["model.layers.1.mlp.up_proj.weight", "model.layers.0.input_layernorm.weight", "model.embed_tokens.weight"])
 def test_numbers_that_are_not_finite_fail_with_the_tensors_name(tiny: Callable, key: str) -> None:
     model, checkpoint = tiny("llama")
     checkpoint[key] = checkpoint[key].clone()

@@ -1,6 +1,7 @@
 // Which table runs: the best that the processor has, found once.
 #include <atomic>
 #include <cstring>
+#include <initializer_list>
 
 #include "kernels.h"
 

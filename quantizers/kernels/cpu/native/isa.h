@@ -12,6 +12,12 @@
 #include "kernels.h"
 #include "numbers.h"
 
+#if defined(PRECIS_PORTABLE)  // a vector is an array here: unrolled, its loops would fill the compiler's memory and nothing else
+#define PRECIS_INLINE inline
+#define PRECIS_NOINLINE
+#define PRECIS_UNROLL
+#else
 #define PRECIS_INLINE inline __attribute__((always_inline))
 #define PRECIS_NOINLINE __attribute__((noinline))
 #define PRECIS_UNROLL _Pragma("GCC unroll 16")
+#endif

@@ -1,4 +1,5 @@
 // The portable kernels, which every processor runs and the others are measured against.
+#define PRECIS_PORTABLE
 #include "isa.h"
 
 #define PRECIS_ISA "scalar"

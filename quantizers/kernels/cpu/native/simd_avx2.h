@@ -5,6 +5,7 @@ struct V {
     using B = D;
     static constexpr int kWidth = 2;
     static constexpr int kBlocks = 1;
+    static constexpr int kQueries = 3;
 
     PRECIS_INLINE static F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
     PRECIS_INLINE static F set(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }

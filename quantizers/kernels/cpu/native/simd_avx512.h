@@ -5,6 +5,7 @@ struct V {
     using B = __m512i;  // 64 bytes
     static constexpr int kWidth = 6;   // tokens of a tile that are worked on at a time
     static constexpr int kBlocks = 2;  // blocks of rows that are worked on at a time
+    static constexpr int kQueries = 8;  // query rows that are worked on at a time
 
     PRECIS_INLINE static F zero() { return _mm512_setzero_ps(); }
     PRECIS_INLINE static F set(float x) { return _mm512_set1_ps(x); }

@@ -3,8 +3,9 @@ struct V {
     struct F { float lane[16]; };
     struct D { int32_t lane[16]; };
     struct B { uint8_t lane[64]; };
-    static constexpr int kWidth = 2;
+    static constexpr int kWidth = 1;
     static constexpr int kBlocks = 1;
+    static constexpr int kQueries = 1;
 
     template <class T, class Fn>
     PRECIS_INLINE static T each(Fn fn) {
