@@ -1,6 +1,7 @@
-"""Gauges of the server, read at each scrape from what the engine last reported and from the store; no scrape waits for the engine.
+"""Gauges of the server, and what the engine counts itself, read at each scrape.
 
-A variant that is not resident has no gauges, its report's included; what it counted before stays (`server.metrics`).
+The numbers are those that the engine last reported and that the store has; no scrape waits for the engine. A variant that is not
+resident has no gauges, its report's included; what it counted before stays (`server.metrics`).
 """
 
 import math
@@ -43,6 +44,7 @@ class Gauges(Collector):
         yield from _uploads(self._store)
         stats = self._engine.stats()
         if stats is not None:
+            yield from _engine_counters(stats)
             yield from _load(stats, residents)
             yield from _device(stats, residents)
 
@@ -133,6 +135,17 @@ def _uploads(store: Store) -> Iterator[Metric]:
     for state, count in store.uploads.counts().items():
         uploads.add_metric([state], count)
     yield uploads
+
+
+def _engine_counters(stats: StepStats) -> Iterator[Metric]:
+    """What the engine counts itself, for variants that are no longer resident too."""
+    nonfinite = CounterMetricFamily("precis_nonfinite_logits", "requests whose logits held NaN or infinity", labels=VARIANT)
+    for name, count in stats.nonfinite_logits.items():
+        nonfinite.add_metric(name.split("@", 1), count)
+    evictions = CounterMetricFamily("precis_model_evictions", "variants that had to go", labels=[*VARIANT, "reason"])
+    for name, count in stats.evictions.items():
+        evictions.add_metric([*name.split("@", 1), "room"], count)
+    yield from (nonfinite, evictions)
 
 
 def _load(stats: StepStats, residents: dict[VariantKey, ResidentInfo]) -> Iterator[Metric]:

@@ -98,7 +98,9 @@ class ResidentsOnly:
             shared_bytes=200,
             residents=infos,
         )
-        return StepStats(running={"m@bf16": 3}, waiting={}, kv_cache_usage={}, memory=memory)
+        return StepStats(
+            running={"m@bf16": 3}, waiting={}, kv_cache_usage={}, memory=memory, nonfinite_logits={"m@gone": 2}, evictions={"m@gone": 1}
+        )
 
 
 def info(precision: str, weights: int) -> ResidentInfo:
@@ -152,9 +154,15 @@ def test_gauges_of_a_resident_variant(empty_store: Store) -> None:
     assert value(text, "precis_device_memory_bytes", device="cpu", state="budget") == 8
 
 
+def test_the_engines_own_counters_outlive_residency(empty_store: Store) -> None:
+    text = scrape(empty_store)
+    assert value(text, "precis_nonfinite_logits_total", model="m", precision="gone") == 2
+    assert value(text, "precis_model_evictions_total", model="m", precision="gone", reason="room") == 1
+
+
 def test_nothing_resident_has_no_gauges_but_states_are_zero(empty_store: Store) -> None:
     text = scrape(empty_store)
-    assert not [name for name, labels in samples(text) if "precision" in dict(labels)]
+    assert not [name for name, labels in samples(text) if "precision" in dict(labels) and not name.endswith("_total")]
     assert value(text, "precis_quantization_jobs", state="queued") == 0
     assert value(text, "precis_uploads", state="pending") == 0
 
