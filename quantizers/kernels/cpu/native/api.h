@@ -1,0 +1,23 @@
+// What the C interface of api.cpp is made of.
+#pragma once
+
+#include "layout.h"
+
+namespace precis {
+
+// A quantized weight as `quantizers.weights` holds it. Mirrored by `library.Source`.
+struct Source {
+    const uint8_t* codes;  // a stream of bits a row
+    int64_t row_bytes;
+    int64_t flip;  // exclusive-or of every code: 128 makes codes from 0 of two's complement bytes
+    const uint16_t* scale;  // fp16 [rows][groups]
+    const uint8_t* zero_point;
+    const uint16_t* minimum;
+};
+
+void pack(const Source& source, const Matrix& matrix, uint8_t* out, int threads);
+
+// y [tokens][rows] = x [tokens][columns] times the matrix's transpose, plus its bias.
+void linear(const Matrix& m, const float* x, int tokens, float* y, int threads);
+
+}  // namespace precis

@@ -1,0 +1,69 @@
+// From the tensors of `quantizers.weights` to the layout of layout.h.
+#include <algorithm>
+#include <cstring>
+
+#include "api.h"
+#include "memory.h"
+#include "pool.h"
+
+namespace precis {
+namespace {
+
+// Code k of a row whose codes are a stream of bits, lowest first.
+uint8_t code_at(const uint8_t* row, int64_t k, int bits) {
+    const int64_t bit = k * bits;
+    uint32_t word = row[bit / 8];
+    if (bit % 8 + bits > 8) word |= static_cast<uint32_t>(row[bit / 8 + 1]) << 8;
+    return static_cast<uint8_t>(word >> (bit % 8) & ((1u << bits) - 1));
+}
+
+// Code of input i (0..31) of row r into the vectors of 32 inputs at `p`.
+void put_code(uint8_t* p, int bits, int r, int i, uint8_t code) {
+    const int b = r * 4 + i % 4, quad = i / 4;
+    if (bits == 8) p[64 * quad + b] = code;
+    if (bits == 4) p[64 * (quad / 2) + b] |= static_cast<uint8_t>(code << (quad % 2 * 4));
+    if (bits == 2 || bits == 3) p[64 * (quad / 4) + b] |= static_cast<uint8_t>((code & 3) << (quad % 4 * 2));
+    if (bits == 3) p[128 + b] |= static_cast<uint8_t>((code >> 2) << quad);
+}
+
+void pack_row(const Source& s, const Matrix& m, int64_t row, uint8_t* block) {
+    const int64_t groups = m.columns / m.group, codes = code_bytes(m.group, m.bits), whole = group_bytes(m.group, m.bits, m.zero);
+    const uint8_t* stream = s.codes + row * s.row_bytes;
+    const int r = static_cast<int>(row % kRows);
+    for (int64_t g = 0; g < groups; g++) {
+        uint8_t* p = block + g * whole;
+        for (int i = 0; i < m.group; i++) {
+            const uint8_t code = static_cast<uint8_t>(code_at(stream, g * m.group + i, m.bits) ^ s.flip);
+            put_code(p + i / kInputs * code_bytes(kInputs, m.bits), m.bits, r, i % kInputs, code);
+        }
+        std::memcpy(p + codes + 2 * r, s.scale + row * groups + g, 2);
+        uint8_t* zero = p + codes + 2 * kRows;
+        if (m.zero == Zero::kInteger) zero[r] = s.zero_point[row * groups + g];
+        if (m.zero == Zero::kMinimum) std::memcpy(zero + 2 * r, s.minimum + row * groups + g, 2);
+    }
+}
+
+struct Work {
+    const Source* source;
+    const Matrix* matrix;
+    uint8_t* out;
+};
+
+void run(void* context, Team& team, int index) {
+    const auto& w = *static_cast<const Work*>(context);
+    const int64_t blocks = block_count(w.matrix->rows), bytes = block_bytes(*w.matrix);
+    for (int64_t b = team.begin(blocks, index); b < team.begin(blocks, index + 1); b++) {
+        std::memset(w.out + b * bytes, 0, static_cast<size_t>(bytes));
+        for (int64_t row = b * kRows; row < std::min(w.matrix->rows, (b + 1) * kRows); row++) pack_row(*w.source, *w.matrix, row, w.out + b * bytes);
+    }
+}
+
+}  // namespace
+
+void pack(const Source& source, const Matrix& matrix, uint8_t* out, int threads) {
+    advise_huge(out, static_cast<size_t>(block_count(matrix.rows) * block_bytes(matrix)));
+    Work work{&source, &matrix, out};
+    run_on_threads(threads, run, &work);
+}
+
+}  // namespace precis

@@ -1,0 +1,26 @@
+"""The C++ kernels as an optional extension; everything else about the package is in pyproject.toml.
+
+Where there is no compiler the package installs without them and the torch kernels serve (`precis doctor` says so). No -march: one binary
+runs on every x86-64 processor, and picks its instruction set when it is loaded.
+"""
+
+from pathlib import Path
+
+from setuptools import Extension, setup
+
+NATIVE = Path("quantizers/kernels/cpu/native")
+
+setup(
+    ext_modules=[
+        Extension(
+            "quantizers.kernels.cpu._native",
+            sources=[str(path) for path in sorted(NATIVE.glob("*.cpp"))],
+            depends=[str(path) for pattern in ("*.h", "*.inc") for path in sorted(NATIVE.glob(pattern))],
+            language="c++",
+            # Contraction would fuse what the scalar kernels, the specification of the others, do in two roundings.
+            extra_compile_args=["-std=c++17", "-O3", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-pthread"],
+            extra_link_args=["-pthread"],
+            optional=True,
+        )
+    ]
+)
