@@ -91,7 +91,8 @@ class BnbInt8Cpu(Kernel):
 
     def prepare(self, weight: QuantizedWeight) -> dict[str, Tensor]:
         functional()
-        return {name: tensor.contiguous() for name, tensor in weight.tensors.items()}
+        # Copies: torch's int8 product reads a vector past the end, and behind a mapped file's last page there is nothing.
+        return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in weight.tensors.items()}
 
     def run(self, x: Tensor, buffers: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
         assert isinstance(self.layer.scheme, BnbScheme)

@@ -43,7 +43,8 @@ class Int8GroupsCpu(Kernel):
     def prepare(self, weight: QuantizedWeight) -> dict[str, Tensor]:
         codes = weight.tensors["codes"].view(self.layer.out_features, self._groups, -1)
         return {
-            "codes": codes.transpose(0, 1).contiguous(),
+            # A copy even of a single group: torch's kernel reads a vector past the end, and a mapped file may end there.
+            "codes": codes.transpose(0, 1).clone(memory_format=torch.contiguous_format),
             "scale": weight.tensors["scale"].T.to(torch.bfloat16).contiguous(),
         }
 
