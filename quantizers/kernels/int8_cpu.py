@@ -17,6 +17,11 @@ def _is_channel_int8(layer: LayerKind) -> bool:
     return symmetric_channels and layer.device.type == "cpu"
 
 
+def _owned(codes: Tensor) -> Tensor:
+    """A copy in torch's own memory: its kernels read a vector past the end, and behind a mapped file's last page there is nothing."""
+    return codes.clone(memory_format=torch.contiguous_format)
+
+
 class Int8WeightCpu(Kernel):
     """Weight-only; the scales are rounded to bf16, as torch's kernel wants them. In fp32 and fp16 that kernel is a scalar loop."""
 
@@ -32,7 +37,7 @@ class Int8WeightCpu(Kernel):
         return {"codes": ((rows, columns), torch.int8), "scale": ((rows,), torch.bfloat16)}
 
     def prepare(self, weight: QuantizedWeight) -> dict[str, Tensor]:
-        return {"codes": weight.tensors["codes"].contiguous(), "scale": weight.tensors["scale"].view(-1).to(torch.bfloat16)}
+        return {"codes": _owned(weight.tensors["codes"]), "scale": weight.tensors["scale"].view(-1).to(torch.bfloat16)}
 
     def run(self, x: Tensor, buffers: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
         tokens = x.reshape(-1, self.layer.in_features)
@@ -55,7 +60,7 @@ class Int8TokensCpu(Kernel):
         return {"codes": ((rows, columns), torch.int8), "scale": ((rows,), torch.float32)}
 
     def prepare(self, weight: QuantizedWeight) -> dict[str, Tensor]:
-        return {"codes": weight.tensors["codes"].contiguous(), "scale": weight.tensors["scale"].view(-1).float()}
+        return {"codes": _owned(weight.tensors["codes"]), "scale": weight.tensors["scale"].view(-1).float()}
 
     def run(self, x: Tensor, buffers: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
         codes, scale = quantize_tokens(x.reshape(-1, self.layer.in_features))
