@@ -92,6 +92,7 @@ def _supported(layer: LayerKind) -> bool:
         and layer.dtype in _DTYPES
         and layer.in_features % library.INPUTS == 0
         and 0 < layer.in_features <= library.MAX_IN_FEATURES
+        and layer.in_features % (layer.scheme.group_size or 1) == 0
         and layer.out_features > 0
         and library.missing() is None
     )

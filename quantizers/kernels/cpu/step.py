@@ -118,10 +118,8 @@ class NativeStep:
         arrays = [_int32(array, name) for array, name in zip((token_ids, positions, query_start, logits_rows), _FLAT, strict=True)]
         tables = _int32(block_tables, "block_tables", dimensions=2)
         if len(arrays[0]) == 0 or len(arrays[1]) != len(arrays[0]) or len(arrays[2]) != len(tables) + 1:
-            raise InvalidInput(
-                f"{len(arrays[0])} token ids, {len(arrays[1])} positions, {len(tables)} block tables and {len(arrays[2])} entries of query_start: "
-                "a step needs as many positions as tokens (at least one), and one entry more than block tables"
-            )
+            counts = f"{len(arrays[0])} token ids, {len(arrays[1])} positions, {len(tables)} block tables, {len(arrays[2])} of query_start"
+            raise InvalidInput(f"{counts}: there must be as many positions as tokens (one or more), and one query_start more than tables")
         self._grow_rotary(int(arrays[1].max()) + 1)
         logits = torch.empty(len(arrays[3]), self._facts.vocab)
         batch = Batch(
