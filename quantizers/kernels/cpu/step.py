@@ -115,6 +115,8 @@ class NativeStep:
         Keys and values of the new tokens are written first; a token attends to cached positions up to its own (within the layer's window).
         Raises InvalidInput, with nothing written, where an argument is not as said; OutOfMemory without a workspace.
         """
+        if self._step is None:
+            raise InvalidInput("the native step was closed: make another one for the model")
         arrays = [_int32(array, name) for array, name in zip((token_ids, positions, query_start, logits_rows), _FLAT, strict=True)]
         tables = _int32(block_tables, "block_tables", dimensions=2)
         if len(arrays[0]) == 0 or len(arrays[1]) != len(arrays[0]) or len(arrays[2]) != len(tables) + 1:

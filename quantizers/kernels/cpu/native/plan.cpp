@@ -8,9 +8,10 @@ namespace precis {
 StepError check(const Model& m, const Batch& b) {
     const auto outside = [](int64_t value, int64_t end) { return value < 0 || value >= end; };
     if (b.sequences < 1 || b.query_start[0] != 0 || b.query_start[b.sequences] != b.tokens) return StepError::kStart;
+    for (int64_t s = 0; s < b.sequences; s++)
+        if (b.query_start[s] >= b.query_start[s + 1] || b.query_start[s + 1] > b.tokens) return StepError::kStart;
     for (int64_t s = 0; s < b.sequences; s++) {
         const int32_t begin = b.query_start[s], end = b.query_start[s + 1];
-        if (begin >= end || end > b.tokens) return StepError::kStart;
         for (int32_t t = begin; t < end; t++) {
             if (outside(b.id[t], m.vocab)) return StepError::kToken;
             if (outside(b.position[t], b.positions) || (t > begin && b.position[t] != b.position[t - 1] + 1)) return StepError::kPosition;
