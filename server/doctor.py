@@ -33,15 +33,18 @@ _FORMATS = (
 
 def doctor(settings: Settings, *, as_json: bool) -> None:
     """Print the findings as a table or as JSON."""
-    facts = {"hardware": _hardware(), "packages": {name: version(name) for name in _PACKAGES}, "kernels": _kernels(settings.device)}
-    facts["data_dir"] = str(settings.data_dir)
+    facts: dict[str, dict[str, str | list[str]]] = {
+        "hardware": _hardware(),
+        "packages": {name: version(name) for name in _PACKAGES},
+        "kernels": _kernels(settings.device),
+    }
     if as_json:
-        print(json.dumps(facts, indent=2))
+        print(json.dumps({**facts, "data_dir": str(settings.data_dir)}, indent=2))
         return
     console = Console()
-    for title in ("hardware", "packages", "kernels"):
+    for title, found in facts.items():
         table = Table("what", "found", title=title, title_justify="left")
-        for name, value in facts[title].items():
+        for name, value in found.items():
             table.add_row(name, value if isinstance(value, str) else ", ".join(value))
         console.print(table)
     console.print(f"data directory: {settings.data_dir}")
@@ -68,7 +71,7 @@ def _cpu_flags() -> set[str]:
     return {flag for line in text.splitlines() if line.startswith(("flags", "Features")) for flag in line.split(":")[1].split()}
 
 
-def _kernels(device: str) -> dict[str, str]:
+def _kernels(device: str) -> dict[str, str | list[str]]:
     """Kernel that runs each format on a layer of 4096 x 4096."""
     import torch
 
@@ -78,7 +81,7 @@ def _kernels(device: str) -> dict[str, str]:
     from quantizers.skeleton import DTYPES
 
     target = torch.device(resolve_device(device))
-    found = {}
+    found: dict[str, str | list[str]] = {}
     for slug in _FORMATS:
         recipe = parse_recipe(slug)
         if isinstance(recipe.scheme, FloatScheme):

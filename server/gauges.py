@@ -87,13 +87,12 @@ def _reports(store: Store, residents: dict[VariantKey, ResidentInfo]) -> Iterato
     artifact = _gauge("variant_artifact_bytes", "bytes of the artifact's files", *VARIANT)
     gauges = {field: _gauge(name, text, *VARIANT) for field, (name, text) in REPORT_GAUGES.items()}
     for key in residents:
-        if parse_recipe(key.precision).is_baseline:
-            continue
         try:
             variant = store.variants.get(key.model, key.precision)
-        except NotFound:  # deleted while resident: it has no artifact to report
+        except NotFound:  # deleted while resident, or a baseline that was never evaluated
             continue
-        artifact.add_metric([key.model, key.precision], variant.bytes)
+        if variant.files:
+            artifact.add_metric([key.model, key.precision], variant.bytes)
         for field, gauge in gauges.items():
             value = (variant.report or {}).get(field)
             if isinstance(value, int | float):

@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from asyncio.subprocess import PIPE, Process
+from functools import partial
 from typing import Any
 
 from anyio.to_thread import run_sync
@@ -79,14 +80,14 @@ class JobRunner:
                 await self._changed.wait()
         return job
 
-    async def changed(self, job_id: str, last_event_id: int, timeout: float) -> list[JobEvent]:
+    async def changed(self, job_id: str, last_event_id: int, timeout: float) -> tuple[JobEvent, ...]:
         """Events after `last_event_id`, waiting up to `timeout` seconds for the first; empty after that. Raises NotFound."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout), self._changed:
                 while not (events := await run_sync(self._store.jobs.events_since, job_id, last_event_id)):
                     await self._changed.wait()
             return events
-        return []
+        return ()
 
     async def _notify(self) -> None:
         async with self._changed:
@@ -125,7 +126,7 @@ class JobRunner:
             "code": "process_died",
         }
         logger.warning("%s (%s@%s) failed: %s", job.id, job.checkpoint, job.slug, error["message"])
-        await run_sync(lambda: self._store.jobs.fail(job.id, error["message"], param=error["param"], code=error["code"]))
+        await run_sync(partial(self._store.jobs.fail, job.id, error["message"], param=error["param"], code=error["code"]))
 
     async def _follow(self, job_id: str, process: Process) -> dict[str, Any]:
         """Write progress to the store as it comes; the last line, which is no progress."""
@@ -143,11 +144,8 @@ class JobRunner:
             now = message["progress"]
             with contextlib.suppress(Conflict):  # cancelled a moment ago
                 share = now["done"] / now["total"] if now["total"] else 0.0
-                await run_sync(
-                    lambda now=now, share=share: self._store.jobs.advance(
-                        job_id, stage=now["stage"], progress=share, seconds_left=now["seconds_left"]
-                    )
-                )
+                advance = partial(self._store.jobs.advance, job_id, stage=now["stage"], progress=share, seconds_left=now["seconds_left"])
+                await run_sync(advance)
             await self._notify()
         return last
 

@@ -85,7 +85,7 @@ def _entries(services: Services, checkpoint: Checkpoint, variants: list[Variant]
 def _entry(services: Services, model: str, checkpoint: Checkpoint, key: VariantKey, artifact: Variant | None) -> dict[str, Any]:
     """OpenAI's fields, then ours. `bytes`: the artifact's, or for a baseline the checkpoint's; null for one that is not made yet."""
     recipe = parse_recipe(key.precision)
-    stored = checkpoint.bytes if recipe.is_baseline else None
+    stored = checkpoint.bytes if recipe.is_baseline else artifact and artifact.bytes
     return {
         "id": model,
         "object": "model",
@@ -95,7 +95,7 @@ def _entry(services: Services, model: str, checkpoint: Checkpoint, key: VariantK
         "precision": key.precision,
         "method": _method(recipe),
         "scheme": recipe.scheme.model_dump(mode="json"),
-        "bytes": stored if artifact is None else artifact.bytes,
+        "bytes": stored,
         "report": None if artifact is None else artifact.report,
         **_residency(services.engine.residents().get(key)),
     }
