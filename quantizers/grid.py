@@ -5,6 +5,7 @@ max|w| / ((2^b - 1) / 2), a zero point is an integer in the range of the codes. 
 are rounded to fp16 before codes are chosen, so that the codes are the nearest ones for the numbers that are stored.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,6 +52,13 @@ class Grid:
         shifted = codes if self.zero_point is None else codes - self.zero_point.float().unsqueeze(-1)
         values = shifted * self.scale.float().unsqueeze(-1)
         return values if self.minimum is None else values + self.minimum.float().unsqueeze(-1)
+
+    def split(self, rows: Sequence[int]) -> list["Grid"]:
+        """The grids of matrices that were worked on one under the other, with so many `rows` each."""
+        scales, none = torch.split(self.scale, list(rows)), [None] * len(rows)
+        zero_points = none if self.zero_point is None else torch.split(self.zero_point, list(rows))
+        minimums = none if self.minimum is None else torch.split(self.minimum, list(rows))
+        return [Grid(self.scheme, *parts) for parts in zip(scales, zero_points, minimums, strict=True)]
 
     def weight(self, codes: Tensor) -> QuantizedWeight:
         """The stored form of `codes`, integers of any dtype [out, in]."""
