@@ -70,6 +70,10 @@ class Block:
                 stack.callback(self._on_input(group, reached))
             self._next_quantized = streams.run(self.module, self._index, streams.quantized)
 
+    def submodule(self, name: str) -> nn.Module:
+        """The module of this block with that full name."""
+        return self.module.get_submodule(name.removeprefix(f"{self.name}."))
+
     def run_sample(self) -> tuple[Tensor, Tensor]:
         """Input and output of the block as it is now, fp32 [1, length, hidden_size], for the first sample."""
         call, hidden = self._flowing().sample(self._index)

@@ -5,7 +5,7 @@ max|w| / ((2^b - 1) / 2), a zero point is an integer in the range of the codes. 
 are rounded to fp16 before codes are chosen, so that the codes are the nearest ones for the numbers that are stored.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -99,8 +99,13 @@ def searched_grid(grouped: Tensor, importance: Tensor, scheme: IntegerScheme, la
 
     `importance` fp32 [G, group], not negative: how much an error of an input counts, such as the diagonal of the Hessian.
     """
+    return searched_by(grouped, lambda difference: (difference.square() * importance).sum(-1), scheme, layer, shrinks)
+
+
+def searched_by(grouped: Tensor, error: Callable[[Tensor], Tensor], scheme: IntegerScheme, layer: str, shrinks: tuple[float, ...]) -> Grid:
+    """The same with any `error` of differences fp32 [rows, G, group] -> [rows, G]."""
     rows = max(1, _SEARCH_BYTES // (4 * grouped[0].numel()))
-    pieces = [_searched(part, importance, scheme, layer, shrinks) for part in torch.split(grouped, rows)]
+    pieces = [_searched(part, error, scheme, layer, shrinks) for part in torch.split(grouped, rows)]
     joined = {
         name: None if getattr(pieces[0], name) is None else torch.cat([getattr(piece, name) for piece in pieces])
         for name in ("scale", "zero_point", "minimum")
@@ -108,15 +113,15 @@ def searched_grid(grouped: Tensor, importance: Tensor, scheme: IntegerScheme, la
     return Grid(scheme, **joined)  # type: ignore[arg-type]
 
 
-def _searched(grouped: Tensor, importance: Tensor, scheme: IntegerScheme, layer: str, shrinks: tuple[float, ...]) -> Grid:
+def _searched(grouped: Tensor, error: Callable[[Tensor], Tensor], scheme: IntegerScheme, layer: str, shrinks: tuple[float, ...]) -> Grid:
     low, high = grouped.amin(-1), grouped.amax(-1)
     best: Grid | None = None
     least = torch.full_like(low, float("inf"))
     for shrink in shrinks:
         grid = _grid(low * shrink, high * shrink, scheme, layer)
-        error = ((grouped - grid.values(grid.codes(grouped))).square_() * importance).sum(-1)
-        better = error < least
-        least = torch.where(better, error, least)
+        errors = error(grouped - grid.values(grid.codes(grouped)))
+        better = errors < least
+        least = torch.where(better, errors, least)
         best = grid if best is None else _chosen(better, grid, best)
     assert best is not None, "a search has at least one candidate"
     return best

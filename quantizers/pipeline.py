@@ -18,7 +18,7 @@ from quantizers.calibration import Calibration
 from quantizers.errors import InvalidInput, QuantizationFailed
 from quantizers.flow import Streams, block_inputs
 from quantizers.memory import PeakMemory, trim_heap
-from quantizers.methods.rtn import quantize_nearest
+from quantizers.methods.rtn import Rtn, quantize_nearest
 from quantizers.model import fill_computed_buffers, recipe_layers
 from quantizers.recipe import Recipe
 from quantizers.scheme import FloatScheme
@@ -181,6 +181,8 @@ class _Walk:
             block = Block(name, module, scheme, self._take, index=index, streams=streams)
             for method in self._recipe.methods:
                 method.apply(block)
+            if self._recipe.methods[-1].role == "smoother":
+                Rtn(name="rtn").apply(block)
             block.finish(last=index == len(stack) - 1)
             self._write_changed(name, module, set(block.linears))
             module.to("meta")

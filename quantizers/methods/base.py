@@ -24,7 +24,9 @@ class Method(BaseModel):
 
     name: str
     summary: ClassVar[str]
-    role: ClassVar[Literal["transform", "quantizer"]] = "quantizer"  # a recipe is any number of transforms, then one quantizer
+    # A recipe is any number of transforms, then one quantizer. A `smoother` is a transform that may stand last: what it leaves is then
+    # rounded to nearest.
+    role: ClassVar[Literal["transform", "smoother", "quantizer"]] = "quantizer"
     needs_calibration: ClassVar[bool] = False
     changes_unquantized: ClassVar[bool] = False  # whether norms or biases of a block may change: they go into the artifact too
 
