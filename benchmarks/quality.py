@@ -138,7 +138,7 @@ def load_dequantized(config: PretrainedConfig, source: TensorSource, recipe: Rec
         layer.weight = torch.nn.Parameter(weight, requires_grad=False)
         if isinstance(scheme, IntegerScheme) and scheme.activation_bits:
             layer.register_forward_pre_hook(lambda _, args: (executed_tokens(args[0]),))
-    for name in artifact.keys() - taken:
+    for name in set(artifact) - taken:
         put_tensor(loaded.model, name, artifact[name].float())
     return loaded
 

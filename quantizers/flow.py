@@ -59,10 +59,12 @@ def block_inputs(model: PreTrainedModel, blocks: Sequence[nn.Module], tokens: Te
                 model.base_model(input_ids=tokens, attention_mask=mask, use_cache=False)
             except _Done:
                 return BlockInputs(recorder.hidden[0], tuple(recorder.calls))
-            except (TypeError, AttributeError, IndexError, RuntimeError, _Unexpected):
-                if in_tuple:
-                    raise
-    raise InvalidInput(f"{type(model).__name__} does not call its decoder blocks in order, so no method can follow it", param="model")
+            except (_Unexpected, TypeError, ValueError, IndexError, AttributeError) as error:
+                failure = error
+    raise InvalidInput(
+        f"{type(model).__name__} does not call its decoder blocks in order, so no method with calibration can follow it: use rtn",
+        param="model",
+    ) from failure
 
 
 class _Unexpected(Exception):
