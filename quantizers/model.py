@@ -2,7 +2,7 @@
 
 import gc
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -135,23 +135,24 @@ def _plan(config: PretrainedConfig, recipe: Recipe, checkpoint: TensorSource, ar
         rows, columns = layer_shape(layer)
         quantized[name] = QuantizedLinear(scheme, columns, rows, bias=layer.bias is not None, dtype=dtype, device=device)
         del tensors[f"{name}.weight"]
+    replaced = _replaced(model, recipe, tensors.keys(), artifact)
     fill_computed_buffers(model, device)
     replace(model, quantized)
-    replaced = _replaced(model, recipe, quantized, artifact)
     return _Plan(model, quantized, {name: key for name, key in tensors.items() if name not in replaced}, own, replaced, dtype)
 
 
-def _replaced(model: PreTrainedModel, recipe: Recipe, quantized: Mapping[str, QuantizedLinear], artifact: TensorSource | None) -> set[str]:
-    """Full names of the tensors in `artifact` that stand for tensors of the checkpoint. Raises CorruptData for one of another shape."""
+def _replaced(model: PreTrainedModel, recipe: Recipe, unquantized: Collection[str], artifact: TensorSource | None) -> set[str]:
+    """Those of the `unquantized` tensors of blocks that `artifact` holds. Raises CorruptData for one of another shape."""
     if artifact is None or not any(method.changes_unquantized for method in recipe.methods):
         return set()
     inside = tuple(f"{name}." for name in decoder_blocks(model))
-    layers = {f"{name}.{tensor}" for name, layer in quantized.items() for tensor, _ in layer.named_buffers()}
-    wanted = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name.startswith(inside) and name not in layers}
-    found = set(artifact.keys()) & wanted.keys()
+    found = {name for name in set(artifact.keys()) & set(unquantized) if name.startswith(inside)}
+    wanted = model.state_dict(keep_vars=True)
     for name in found:
         if tuple(artifact.shape(name)) != tuple(wanted[name].shape):
             raise CorruptData(f"{name} of the artifact has the shape {list(artifact.shape(name))}, not {list(wanted[name].shape)}")
+        if not artifact.dtype(name).is_floating_point or not bool(torch.isfinite(artifact.get(name)).all()):
+            raise CorruptData(f"{name} of the artifact holds values that are not finite numbers: delete the variant and quantize again")
     return found
 
 
