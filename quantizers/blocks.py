@@ -7,6 +7,9 @@ from transformers.pytorch_utils import Conv1D
 
 from quantizers.errors import InvalidInput
 
+# Subclasses that compute just what `nn.Linear` does. Any other may not, so it is not taken for one.
+_PLAIN = frozenset({"FalconLinear"})
+
 
 def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """Full name -> module of the decoder blocks in order: the members of the largest ModuleList of equal-class modules with linear layers.
@@ -35,7 +38,7 @@ def linear_layers(block: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
     """
     layers: dict[str, nn.Module] = {}
     for name, module in block.named_modules(prefix=prefix):
-        if type(module) in (nn.Linear, Conv1D):
+        if type(module) in (nn.Linear, Conv1D) or (isinstance(module, nn.Linear) and type(module).__name__ in _PLAIN):
             layers[name] = module
             continue
         for parameter_name, parameter in module.named_parameters(recurse=False):

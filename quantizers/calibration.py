@@ -60,3 +60,59 @@ def token_windows(encode: Callable[[str], list[int]], text: Text, *, length: int
     if whole == 0:
         raise InvalidInput(f"the text {text.name!r} has {len(tokens)} tokens, less than one window of {length}: give a longer text")
     return torch.tensor(tokens[: whole * length], dtype=torch.int64).view(whole, length)
+
+
+SAMPLES = 64
+SAMPLE_TOKENS = 512
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """What a method that needs data is shown. Raises InvalidInput where the tokens are none.
+
+    tokens: int64 [samples, length]; mask: int64 of that shape, 1 for a token, 0 for padding, which no statistic counts.
+    source and sha256 name the text that they came from, and go into the variant's manifest.
+    """
+
+    tokens: "torch.Tensor"
+    mask: "torch.Tensor"
+    source: str
+    sha256: str
+
+    def __post_init__(self) -> None:
+        if self.tokens.dim() != 2 or self.tokens.numel() == 0 or self.tokens.shape != self.mask.shape:
+            raise InvalidInput(
+                f"calibration tokens are [samples, length] with a mask of that shape, not {list(self.tokens.shape)} and "
+                f"{list(self.mask.shape)}: give at least one sample",
+                param="calibration",
+            )
+        if not bool((self.mask.sum(1) > 0).all()):
+            raise InvalidInput("a calibration sample is all padding: leave it out", param="calibration")
+
+    @property
+    def facts(self) -> dict[str, str | int]:
+        """What the manifest records."""
+        samples, length = self.tokens.shape
+        return {"source": self.source, "sha256": self.sha256, "samples": samples, "length": length, "tokens": int(self.mask.sum())}
+
+
+def calibrate_on(
+    encode: Callable[[str], list[int]], text: Text, *, samples: int = SAMPLES, length: int = SAMPLE_TOKENS, seed: int | None = None
+) -> Calibration:
+    """`samples` windows of `length` tokens: the first of `text` in order, or with a seed as many drawn from all of its windows.
+
+    Raises InvalidInput where the text has fewer windows than that, or the sizes make none: fewer samples than were asked for would be
+    another calibration under the same name.
+    """
+    import torch
+
+    windows = token_windows(encode, text, length=length, count=samples if seed is None else len(text.content) // 2 + 1)
+    if len(windows) < samples:
+        raise InvalidInput(
+            f"the text {text.name!r} has {len(windows)} windows of {length} tokens, fewer than {samples}: "
+            "give a longer text, fewer samples or a shorter length",
+            param="samples",
+        )
+    if seed is not None:
+        windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[:samples]]
+    return Calibration(windows, torch.ones_like(windows), text.name, text.sha256)

@@ -2,6 +2,7 @@
 
 import gc
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -52,6 +53,7 @@ class _Plan:
     quantized: dict[str, QuantizedLinear]  # by full name, filled from the artifact
     tensors: dict[str, str]  # full name of a parameter or persistent buffer -> key in the checkpoint
     own: set[str]  # keys of weights that no other recipe of this dtype uses
+    replaced: set[str]  # full names of unquantized tensors of blocks that the artifact holds, changed by a method
     dtype: torch.dtype
 
 
@@ -78,9 +80,12 @@ def load_model(
             f"{recipe.slug} is a baseline and has no artifact" if recipe.is_baseline else f"{recipe.slug} needs an artifact: quantize first"
         )
     target = torch.device(device)
-    plan = _plan(config, recipe, checkpoint, target)
+    plan = _plan(config, recipe, checkpoint, artifact, target)
     if artifact is not None:
-        _fill_quantized(plan.quantized, artifact)
+        _fill_quantized(plan.quantized, plan.replaced, artifact)
+        for name in plan.replaced:
+            dtype = serving_dtype(plan.model, name, plan.dtype)
+            put_tensor(plan.model, name, artifact.get(name).to(device=target, dtype=dtype))
     keys: list[SharedKey] = []
     try:
         _fill_unquantized(plan, checkpoint, target, shared, checkpoint_key, keys)
@@ -91,14 +96,21 @@ def load_model(
         raise
 
 
-def predict_bytes(config: PretrainedConfig, recipe: Recipe, checkpoint: TensorSource, *, device: str = "cpu") -> dict[str, int]:
-    """What `load_model` will hold, by kind, from shapes alone: `weights` and `shared_weights`. Raises as `load_model` does."""
-    plan = _plan(config, recipe, checkpoint, torch.device(device))
+def predict_bytes(
+    config: PretrainedConfig, recipe: Recipe, checkpoint: TensorSource, artifact: TensorSource | None = None, *, device: str = "cpu"
+) -> dict[str, int]:
+    """What `load_model` will hold, by kind, from shapes alone: `weights` and `shared_weights`. Raises as `load_model` does.
+
+    Without an artifact (there may be none yet) the norms that a method is going to change count as shared.
+    """
+    plan = _plan(config, recipe, checkpoint, artifact, torch.device(device))
     sizes: dict[str, int] = {}
     for name, key in plan.tensors.items():
         sizes[key] = checkpoint_numel(checkpoint, key) * serving_dtype(plan.model, name, plan.dtype).itemsize
     weights = sum(size for key, size in sizes.items() if key in plan.own)
     shared = sum(size for key, size in sizes.items() if key not in plan.own)
+    wanted = plan.model.state_dict(keep_vars=True)
+    weights += sum(wanted[name].numel() * serving_dtype(plan.model, name, plan.dtype).itemsize for name in plan.replaced)
     weights += sum(buffer.nbytes for layer in plan.quantized.values() for buffer in layer.buffers())
     weights += sum(buffer.nbytes for _, _, buffer in _computed_buffers(plan.model))
     return {"weights": weights, "shared_weights": shared}
@@ -108,7 +120,7 @@ def checkpoint_numel(checkpoint: TensorSource, key: str) -> int:
     return torch.Size(checkpoint.shape(key)).numel()
 
 
-def _plan(config: PretrainedConfig, recipe: Recipe, checkpoint: TensorSource, device: torch.device) -> _Plan:
+def _plan(config: PretrainedConfig, recipe: Recipe, checkpoint: TensorSource, artifact: TensorSource | None, device: torch.device) -> _Plan:
     dtype = DTYPES[recipe.dtype]
     model = skeleton(config, dtype)
     tensors = match_tensors(model, checkpoint)
@@ -123,9 +135,25 @@ def _plan(config: PretrainedConfig, recipe: Recipe, checkpoint: TensorSource, de
         rows, columns = layer_shape(layer)
         quantized[name] = QuantizedLinear(scheme, columns, rows, bias=layer.bias is not None, dtype=dtype, device=device)
         del tensors[f"{name}.weight"]
-    _fill_computed_buffers(model, device)
+    replaced = _replaced(model, recipe, tensors.keys(), artifact)
+    fill_computed_buffers(model, device)
     replace(model, quantized)
-    return _Plan(model, quantized, tensors, own, dtype)
+    return _Plan(model, quantized, {name: key for name, key in tensors.items() if name not in replaced}, own, replaced, dtype)
+
+
+def _replaced(model: PreTrainedModel, recipe: Recipe, unquantized: Collection[str], artifact: TensorSource | None) -> set[str]:
+    """Those of the `unquantized` tensors of blocks that `artifact` holds. Raises CorruptData for one of another shape."""
+    if artifact is None or not any(method.changes_unquantized for method in recipe.methods):
+        return set()
+    inside = tuple(f"{name}." for name in decoder_blocks(model))
+    found = {name for name in set(artifact.keys()) & set(unquantized) if name.startswith(inside)}
+    wanted = model.state_dict(keep_vars=True)
+    for name in found:
+        if tuple(artifact.shape(name)) != tuple(wanted[name].shape):
+            raise CorruptData(f"{name} of the artifact has the shape {list(artifact.shape(name))}, not {list(wanted[name].shape)}")
+        if not artifact.dtype(name).is_floating_point or not bool(torch.isfinite(artifact.get(name)).all()):
+            raise CorruptData(f"{name} of the artifact holds values that are not finite numbers: delete the variant and quantize again")
+    return found
 
 
 def recipe_layers(model: PreTrainedModel, recipe: Recipe) -> dict[str, QuantizedScheme]:
@@ -139,13 +167,13 @@ def recipe_layers(model: PreTrainedModel, recipe: Recipe) -> dict[str, Quantized
     return layers
 
 
-def _fill_quantized(layers: dict[str, QuantizedLinear], artifact: TensorSource) -> None:
+def _fill_quantized(layers: dict[str, QuantizedLinear], replaced: set[str], artifact: TensorSource) -> None:
     expected = {
         f"{name}.{tensor}": name
         for name, layer in layers.items()
         for tensor in tensor_specs(layer.scheme, layer.out_features, layer.in_features)
     }
-    found = set(artifact.keys())
+    found = set(artifact.keys()) - replaced
     if found != expected.keys():
         missing, unexpected = sorted(expected.keys() - found)[:5], sorted(found - expected.keys())[:5]
         raise CorruptData(f"the artifact is not this recipe's: it lacks {missing or 'nothing'} and has {unexpected or 'nothing'} beyond it")
@@ -192,7 +220,7 @@ def _computed_buffers(model: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
     ]
 
 
-def _fill_computed_buffers(model: PreTrainedModel, device: torch.device) -> None:
+def fill_computed_buffers(model: PreTrainedModel, device: torch.device) -> None:
     """As `from_pretrained` does: the model's own initialization computes them. It runs while every parameter is still on the meta device,
     where drawing weights costs nothing, and before layers are replaced, whose weights an architecture's initialization may ask for.
     """

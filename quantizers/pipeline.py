@@ -1,6 +1,7 @@
 """The walk over a checkpoint, one decoder block at a time: materialise a block, let the methods work, write what they chose, free it.
 
-The peak is one block in fp32 and a layer's scratch space, whatever the size of the model; the quantized tensors leave through the sink.
+The peak is one block in fp32 and a layer's scratch space, whatever the size of the model, and for methods that need calibration what the
+calibration tokens take inside one block; the quantized tensors leave through the sink.
 """
 
 import time
@@ -10,18 +11,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
-from transformers.pytorch_utils import Conv1D
 
-from quantizers.blocks import decoder_blocks, layer_shape, linear_layers
+from quantizers.block import Block, squares
+from quantizers.blocks import decoder_blocks
+from quantizers.calibration import Calibration
 from quantizers.errors import InvalidInput, QuantizationFailed
+from quantizers.flow import Streams, block_inputs
 from quantizers.memory import PeakMemory, trim_heap
-from quantizers.methods.rtn import quantize_nearest
-from quantizers.model import recipe_layers
+from quantizers.methods.rtn import Rtn, quantize_nearest
+from quantizers.model import fill_computed_buffers, recipe_layers
 from quantizers.recipe import Recipe
 from quantizers.scheme import FloatScheme
 from quantizers.skeleton import match_tensors, put_tensor, skeleton
 from quantizers.tensors import TensorSink, TensorSource
-from quantizers.weights import QuantizedScheme, QuantizedWeight, join_rows
+from quantizers.weights import QuantizedWeight, join_rows
+
+__all__ = ["Block", "LayerResult", "Progress", "QuantizationResult", "quantize"]
 
 _ROWS = 4096  # of a matrix with a row for every token of the vocabulary: some megabytes at a time
 
@@ -47,62 +52,22 @@ class LayerResult:
 
 @dataclass(frozen=True)
 class QuantizationResult:
-    """`bytes` is what went into the sink; `peak_bytes` the most that the run held beyond what the process held before, measured."""
+    """`bytes` is what went into the sink; `peak_bytes` the most that the run held beyond what the process held before, measured.
+
+    changed: full names of the unquantized tensors (norms, biases) that the methods changed. calibration: `Calibration.facts`.
+    """
 
     layers: tuple[LayerResult, ...]
     bytes: int
     seconds: float
     peak_bytes: int
-
-
-class Block:
-    """One decoder block in fp32, as a method sees it.
-
-    `linears`: full name -> layer with real weights, `[out_features, in_features]` (GPT-2's transposed layers are shown as `nn.Linear`
-    over the same memory). A method may change weights in place, and hands every layer over with `put`.
-    """
-
-    def __init__(
-        self, name: str, module: nn.Module, scheme: QuantizedScheme, take: Callable[[str, QuantizedWeight, float, float], None]
-    ) -> None:
-        self.name = name
-        self.module = module
-        self.scheme = scheme
-        self.linears = {full: _as_linear(layer) for full, layer in linear_layers(module, name).items()}
-        self._take = take
-        self._left = set(self.linears)
-
-    def put(self, name: str, weight: QuantizedWeight) -> None:
-        """Hand over the quantized weight of the layer `name`; its error is taken against the weight that `linears[name]` holds now."""
-        if name not in self._left:
-            raise QuantizationFailed("was handed over twice or is no layer of this block", layer=name)
-        self._left.remove(name)
-        floating = self.linears[name].weight
-        self._take(name, weight, _squares(floating - weight.dequantize()), _squares(floating))
-
-    def check_complete(self) -> None:
-        if self._left:
-            raise QuantizationFailed(f"the method left {len(self._left)} layers of this block unquantized", layer=min(self._left))
+    changed: tuple[str, ...] = ()
+    calibration: dict[str, str | int] | None = None
 
 
 def _check_finite(tensor: Tensor, name: str) -> None:
     if not bool(torch.isfinite(tensor).all()):
         raise QuantizationFailed("holds NaN or infinity: the checkpoint is damaged", layer=name)
-
-
-def _squares(tensor: Tensor) -> float:
-    return float(torch.linalg.vector_norm(tensor)) ** 2
-
-
-def _as_linear(layer: nn.Module) -> nn.Linear:
-    if isinstance(layer, nn.Linear):
-        return layer
-    assert isinstance(layer, Conv1D)
-    rows, columns = layer_shape(layer)
-    linear = nn.Linear(columns, rows, bias=False, device="meta")
-    linear.weight = nn.Parameter(layer.weight.T, requires_grad=False)
-    linear.bias = layer.bias
-    return linear
 
 
 def quantize(
@@ -111,24 +76,51 @@ def quantize(
     recipe: Recipe,
     sink: TensorSink,
     *,
+    calibration: Calibration | None = None,
     device: str = "cpu",
     progress: Callable[[Progress], None] = lambda _: None,
     seed: int = 0,
 ) -> QuantizationResult:
-    """Quantize the checkpoint `source` by `recipe`; every quantized tensor goes to `sink` as `<layer>.<tensor>`, on the CPU.
+    """Quantize the checkpoint `source` by `recipe`; every quantized tensor goes to `sink` as `<layer>.<tensor>`, on the CPU, and every
+    other tensor of a block that a method changed, whole and in fp32, by its own name.
 
     Raises QuantizationFailed naming the layer or tensor at which it stopped, CorruptData where the checkpoint does not fit its config,
-    InvalidInput for a baseline or an architecture without a stack of decoder blocks. What `progress` raises ends the run.
+    InvalidInput for a baseline, an architecture without a stack of decoder blocks, calibration tokens that are missing, that no method
+    looks at or that the model has no place for. What `progress` raises ends the run.
     """
     if isinstance(recipe.scheme, FloatScheme):
         raise InvalidInput(f"{recipe.slug} is a baseline: there is nothing to quantize, load it as it is", param="model")
+    _check_calibration(config, recipe, calibration)
     with PeakMemory(device) as peak, torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
         walk = _Walk(config, source, recipe, sink, torch.device(device), progress)
         walk.check_rest()
-        walk.blocks()
+        walk.blocks(walk.streams(calibration) if calibration else None)
         walk.head()
-    return QuantizationResult(tuple(walk.results), sum(layer.bytes for layer in walk.results), walk.elapsed(), peak.bytes)
+    return QuantizationResult(
+        tuple(walk.results), walk.bytes, walk.elapsed(), peak.bytes, tuple(walk.changed), calibration.facts if calibration else None
+    )
+
+
+def _check_calibration(config: PretrainedConfig, recipe: Recipe, calibration: Calibration | None) -> None:
+    needing = [method.name for method in recipe.methods if method.needs_calibration]
+    if calibration is None:
+        if needing:
+            raise InvalidInput(f"{needing[0]} needs calibration tokens: give some", param="calibration")
+        return
+    if not needing:
+        raise InvalidInput(f"{recipe.slug} looks at no calibration tokens: leave them out", param="calibration")
+    text = config.get_text_config(decoder=True)
+    length, longest = calibration.tokens.shape[1], getattr(text, "max_position_embeddings", None)
+    if isinstance(longest, int) and length > longest:
+        raise InvalidInput(f"calibration samples of {length} tokens are longer than the model's {longest}: shorten them", param="length")
+    low, high = int(calibration.tokens.min()), int(calibration.tokens.max())
+    if low < 0 or high >= text.vocab_size:
+        raise InvalidInput(
+            f"the calibration tokens hold the id {low if low < 0 else high}, the vocabulary has 0 to {text.vocab_size - 1}: "
+            "cut them with the model's own tokenizer",
+            param="calibration",
+        )
 
 
 class _Walk:
@@ -150,6 +142,8 @@ class _Walk:
         self._kinds = {name: type(self._model.get_submodule(name)).__name__ for name in self._layers}
         self._source, self._recipe, self._sink, self._device, self._progress = source, recipe, sink, device, progress
         self.results: list[LayerResult] = []
+        self.changed: list[str] = []
+        self.bytes = 0
 
     def elapsed(self) -> float:
         return time.monotonic() - self._started
@@ -161,15 +155,36 @@ class _Walk:
             for rows in torch.split(self._source.get(key), _ROWS):
                 _check_finite(rows, key)
 
-    def blocks(self) -> None:
+    def streams(self, calibration: Calibration) -> Streams:
+        """The inputs of the first block, made by the model itself, whose part before the blocks is in memory meanwhile."""
+        blocks = decoder_blocks(self._model)
+        fill_computed_buffers(self._model, self._device)
+        inside = tuple(f"{name}." for name in blocks)
+        before = [name for name in self._keys if name.startswith(f"{self._model.base_model_prefix}.") and not name.startswith(inside)]
+        for name in before:
+            put_tensor(self._model, name, self._source.get(self._keys[name]).to(device=self._device, dtype=torch.float32))
+        tokens, mask = calibration.tokens.to(self._device), calibration.mask.to(self._device)
+        inputs = block_inputs(self._model, list(blocks.values()), tokens, mask)
+        sample = block_inputs(self._model, list(blocks.values()), tokens[:1], mask[:1])
+        for name in before:
+            put_tensor(self._model, name, torch.empty(self._source.shape(self._keys[name]), device="meta"))
+        trim_heap()
+        wanted = frozenset[str](stream for method in self._recipe.methods for stream in method.streams())
+        return Streams(inputs, sample, mask, wanted)
+
+    def blocks(self, streams: Streams | None) -> None:
         scheme = self._recipe.scheme
         assert not isinstance(scheme, FloatScheme)
-        for name, module in decoder_blocks(self._model).items():
+        stack = decoder_blocks(self._model)
+        for index, (name, module) in enumerate(stack.items()):
             self._materialise(name, module)
-            block = Block(name, module, scheme, self._take)
+            block = Block(name, module, scheme, self._take, index=index, streams=streams)
             for method in self._recipe.methods:
                 method.apply(block)
-            block.check_complete()
+            if self._recipe.methods[-1].role == "smoother":
+                Rtn(name="rtn").apply(block)
+            block.finish(last=index == len(stack) - 1)
+            self._write_changed(name, module, set(block.linears))
             module.to("meta")
             del block
             trim_heap()
@@ -183,8 +198,8 @@ class _Walk:
         for rows in torch.split(self._source.get(self._keys[f"{name}.weight"]), _ROWS):
             weight = self._copy(rows, name)
             pieces.append(quantize_nearest(weight, self._recipe.head, layer=name))
-            error += _squares(weight - pieces[-1].dequantize())
-            norm += _squares(weight)
+            error += squares(weight - pieces[-1].dequantize())
+            norm += squares(weight)
         self._take(name, join_rows(pieces), error, norm)
 
     def _materialise(self, prefix: str, module: nn.Module) -> None:
@@ -198,13 +213,29 @@ class _Walk:
         _check_finite(copy, name)
         return copy
 
+    def _write_changed(self, prefix: str, module: nn.Module, quantized: set[str]) -> None:
+        """Whatever a method changed besides the weights that it quantized."""
+        if not any(method.changes_unquantized for method in self._recipe.methods):
+            return
+        for name, tensor in module.state_dict(prefix=f"{prefix}.").items():
+            if name.removesuffix(".weight") in quantized and name.endswith(".weight"):
+                continue
+            if not torch.equal(tensor.cpu(), self._source.get(self._keys[name]).float()):
+                _check_finite(tensor, name)
+                self._write(name, tensor)
+                self.changed.append(name)
+
+    def _write(self, name: str, tensor: Tensor) -> None:
+        self.bytes += tensor.nbytes
+        self._sink(name, tensor.cpu())
+
     def _take(self, name: str, quantized: QuantizedWeight, error: float, norm: float) -> None:
         """Write a layer out and report it. `error` and `norm` are sums of squares."""
         relative = (error / norm if norm > 0 else error) ** 0.5
         if not relative < float("inf"):
             raise QuantizationFailed(f"its quantized weights are off by {relative}: the method produced no usable numbers", layer=name)
         for tensor_name, tensor in quantized.tensors.items():
-            self._sink(f"{name}.{tensor_name}", tensor.cpu())
+            self._write(f"{name}.{tensor_name}", tensor)
         self.results.append(LayerResult(name, quantized.scheme.slug, self._kinds[name], relative, quantized.bytes))
         done, total = len(self.results), len(self._layers)
         self._progress(Progress("quantize", done, total, self.elapsed() / done * (total - done)))

@@ -42,16 +42,17 @@ class Recipe(BaseModel):
         if not self.methods and (not isinstance(self.scheme, FloatScheme) or self.head is not None):
             raise ValueError(f"the format {self.scheme.slug} needs a method, such as rtn-{self.scheme.slug}")
         for method in self.methods[:-1]:
-            if method.role != "transform":
+            if method.role == "quantizer":
                 raise UnsupportedScheme(
                     f"{method.name} chooses the numbers itself, so it can only be the last method of a recipe", param="model"
                 )
         if self.methods:
-            if self.methods[-1].role != "quantizer":
+            if self.methods[-1].role == "transform":
                 raise UnsupportedScheme(
                     f"{self.methods[-1].name} only prepares weights: name a quantizer after it, such as rtn", param="model"
                 )
-            self.methods[-1].check(self.scheme)
+            for method in self.methods:
+                method.check(self.scheme)
         return self
 
     @property

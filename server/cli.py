@@ -56,6 +56,10 @@ def _parser() -> argparse.ArgumentParser:
     quantize = commands.add_parser("quantize", help="make variants of a checkpoint")
     quantize.add_argument("checkpoint", metavar="CHECKPOINT", help="name, folder, GGUF file or Hugging Face id")
     quantize.add_argument("recipes", nargs="+", metavar="RECIPE", help="such as rtn-w4g64 or bnb-nf4")
+    quantize.add_argument("--calibration", type=Path, metavar="FILE", help="UTF-8 text to calibrate on; default: topics of Python's pydoc")
+    quantize.add_argument("--samples", type=int, metavar="N", help="calibration samples (default 64)")
+    quantize.add_argument("--length", type=int, metavar="TOKENS", help="tokens of a calibration sample (default 512)")
+    quantize.add_argument("--seed", type=int, help="draw the samples from all of the text instead of taking its first")
     _add_settings(quantize, ("data_dir", "device"))
     quantize.set_defaults(command=_quantize)
 
@@ -120,8 +124,12 @@ def _serve(arguments: argparse.Namespace) -> None:
 
 def _quantize(arguments: argparse.Namespace) -> None:
     from server.offline import quantize
+    from server.quantizing import CalibrationSettings
 
-    quantize(settings_from(arguments), arguments.checkpoint, arguments.recipes)
+    options = {"text": arguments.calibration, "samples": arguments.samples, "length": arguments.length, "seed": arguments.seed}
+    given = {name: value for name, value in options.items() if value is not None}
+    calibration = CalibrationSettings(**given) if given else None
+    quantize(settings_from(arguments), arguments.checkpoint, arguments.recipes, calibration)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:

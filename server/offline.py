@@ -24,14 +24,20 @@ from quantizers.report import Report
 from quantizers.shared import SharedTensors
 from server.console import Share, bar
 from server.plot import plot_quality
-from server.quantizing import ensure_variant, make_variant, resolve_device
+from server.quantizing import CalibrationSettings, ensure_variant, make_variant, read_text, resolve_device
 from server.settings import Settings
 from server.sources import open_checkpoint
 from server.text.tokenizer import Tokenizer
 
 
-def quantize(settings: Settings, model: str, slugs: Sequence[str]) -> None:
-    """Make variants; one that exists is left as it is. All recipes are checked before the first runs."""
+def quantize(settings: Settings, model: str, slugs: Sequence[str], calibration: CalibrationSettings | None = None) -> None:
+    """Make variants; one that exists is left as it is. All recipes are checked before the first runs.
+
+    `calibration` is for recipes that look at tokens, and at least one of them must; None takes the default text and sizes.
+    """
+    needing = [slug for slug in slugs if any(method.needs_calibration for method in parse_recipe(slug).methods)]
+    if calibration is not None and not needing:
+        raise InvalidInput(f"{', '.join(slugs)}: no method here looks at calibration tokens; leave the options out", param="calibration")
     for slug in slugs:
         if parse_recipe(slug).is_baseline:
             raise InvalidInput(f"{slug} is a baseline: it is served from the checkpoint as it is", param="recipes")
@@ -44,7 +50,8 @@ def quantize(settings: Settings, model: str, slugs: Sequence[str]) -> None:
                 console.print(f"{variant.id} exists: {variant.bytes / 1e6:.1f} MB", highlight=False)
             except NotFound:
                 with bar(f"{checkpoint.name}@{slug}") as share:
-                    variant = make_variant(store, checkpoint.name, slug, device=settings.device, progress=_shares(share))
+                    shown = calibration if slug in needing else None
+                    variant = make_variant(store, checkpoint.name, slug, device=settings.device, progress=_shares(share), calibration=shown)
                 console.print(f"{variant.id}: {variant.bytes / 1e6:.1f} MB in {variant.facts['seconds']:.1f} s", highlight=False)
 
 
@@ -52,7 +59,7 @@ def evaluate(
     settings: Settings, model: str, slugs: Sequence[str], *, text_file: Path | None, windows: int, as_json: bool, plot: Path | None
 ) -> None:
     """Measure recipes against the checkpoint's fp32, keep the reports with the variants, print a table or JSON, and draw the plot."""
-    text = evaluation_text() if text_file is None else _read(text_file)
+    text = evaluation_text() if text_file is None else read_text(text_file)
     for slug in slugs:
         parse_recipe(slug)
     if plot is not None and plot.suffix not in (".svg", ".png"):
@@ -72,13 +79,6 @@ def evaluate(
 def _open(store: Store, model: str) -> Checkpoint:
     with bar(f"importing {model}") as share:
         return open_checkpoint(store, model, share)
-
-
-def _read(file: Path) -> Text:
-    try:
-        return Text(file.name, file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInput(f"{str(file)!r} is no readable UTF-8 text: {error}", param="text") from error
 
 
 def _measure(store: Store, checkpoint: Checkpoint, slugs: list[str], windows: torch.Tensor, text: Text, device: str) -> dict[str, Report]:

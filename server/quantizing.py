@@ -1,19 +1,23 @@
 """One run of a recipe over a stored checkpoint: the quantizers' walk between the store's reader and its writer. Imports torch."""
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from transformers import AutoConfig
 
+from model_store.checkpoints import Checkpoint
 from model_store.formats.safetensors import SafetensorsWriter
 from model_store.store import Store
 from model_store.variants import Manifest, Variant
+from quantizers.calibration import SAMPLE_TOKENS, SAMPLES, Calibration, Text, calibrate_on, calibration_text
 from quantizers.errors import InvalidInput, NotFound
 from quantizers.pipeline import Progress, quantize
-from quantizers.recipe import parse_recipe
+from quantizers.recipe import Recipe, parse_recipe
+from server.text.tokenizer import Tokenizer
 
-__all__ = ["Progress", "ensure_variant", "make_variant", "resolve_device"]
+__all__ = ["CalibrationSettings", "Progress", "ensure_variant", "make_variant", "read_text", "resolve_device"]
 
 
 def resolve_device(device: str) -> str:
@@ -25,17 +29,62 @@ def resolve_device(device: str) -> str:
     return device
 
 
-def make_variant(store: Store, checkpoint: str, slug: str, *, device: str, progress: Callable[[Progress], None]) -> Variant:
-    """Quantize and commit. Raises Conflict where the variant exists, QuantizationFailed naming the layer, InvalidInput for a baseline."""
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """Which tokens methods are shown: a UTF-8 text file, the default text where it is None; `samples` windows of `length` tokens.
+
+    Without a seed they are the text's first, with one they are drawn from all of its windows.
+    """
+
+    text: Path | None = None
+    samples: int = SAMPLES
+    length: int = SAMPLE_TOKENS
+    seed: int | None = None
+
+
+def make_variant(
+    store: Store,
+    checkpoint: str,
+    slug: str,
+    *,
+    device: str,
+    progress: Callable[[Progress], None],
+    calibration: CalibrationSettings | None = None,
+) -> Variant:
+    """Quantize and commit. Raises Conflict where the variant exists, QuantizationFailed naming the layer, InvalidInput for a baseline, a
+    calibration text that is too short, or calibration settings for a recipe whose methods look at no tokens.
+    """
     recipe = parse_recipe(slug)
     source = store.checkpoints.get(checkpoint)
+    tokens = _calibrate(recipe, source, calibration)
     config = AutoConfig.from_pretrained(source.dir, local_files_only=True)
     with store.variants.create(checkpoint, slug) as draft:
         with SafetensorsWriter(draft.dir / "model.safetensors") as writer:
-            result = quantize(config, source.tensors(), recipe, writer, device=resolve_device(device), progress=progress)
+            result = quantize(
+                config, source.tensors(), recipe, writer, calibration=tokens, device=resolve_device(device), progress=progress
+            )
         progress(Progress("write", result.bytes, result.bytes, 0.0))
         manifest = Manifest(checkpoint=checkpoint, checkpoint_digest=source.digest, recipe=recipe, slug=slug, facts=asdict(result))
         return draft.commit(manifest)
+
+
+def _calibrate(recipe: Recipe, checkpoint: Checkpoint, settings: CalibrationSettings | None) -> Calibration | None:
+    if not any(method.needs_calibration for method in recipe.methods):
+        if settings is not None:
+            raise InvalidInput(f"{recipe.slug} looks at no calibration tokens: leave the calibration options out", param="calibration")
+        return None
+    settings = settings or CalibrationSettings()
+    text = calibration_text() if settings.text is None else read_text(settings.text)
+    encode = Tokenizer(checkpoint.dir).encode_now
+    return calibrate_on(encode, text, samples=settings.samples, length=settings.length, seed=settings.seed)
+
+
+def read_text(file: Path) -> Text:
+    """A UTF-8 text file by its name. Raises InvalidInput."""
+    try:
+        return Text(file.name, file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInput(f"{str(file)!r} is no readable UTF-8 text: {error}", param="text") from error
 
 
 def ensure_variant(store: Store, checkpoint: str, slug: str, *, device: str, progress: Callable[[Progress], None]) -> Variant:

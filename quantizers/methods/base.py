@@ -11,8 +11,9 @@ from pydantic import BaseModel, ConfigDict
 from quantizers.scheme import BnbScheme, FloatScheme, IntegerScheme
 
 if TYPE_CHECKING:
-    from quantizers.pipeline import Block
+    from quantizers.block import Block
 
+Stream = Literal["full", "quantized"]  # the tokens as the checkpoint computes them; as the quantized model so far does
 METHODS: dict[str, type["Method"]] = {}
 
 
@@ -23,13 +24,20 @@ class Method(BaseModel):
 
     name: str
     summary: ClassVar[str]
-    role: ClassVar[Literal["transform", "quantizer"]] = "quantizer"  # a recipe is any number of transforms, then one quantizer
+    # A recipe is any number of transforms, then one quantizer. A `smoother` is a transform that may stand last: what it leaves is then
+    # rounded to nearest.
+    role: ClassVar[Literal["transform", "smoother", "quantizer"]] = "quantizer"
     needs_calibration: ClassVar[bool] = False
+    changes_unquantized: ClassVar[bool] = False  # whether norms or biases of a block may change: they go into the artifact too
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         super().__pydantic_init_subclass__(**kwargs)
         METHODS[cls.model_fields["name"].default] = cls
+
+    def streams(self) -> frozenset[Stream]:
+        """Which runs of the calibration tokens it looks at."""
+        return frozenset()
 
     def check(self, scheme: FloatScheme | IntegerScheme | BnbScheme) -> None:
         """Raises UnsupportedScheme where this method cannot produce `scheme`."""

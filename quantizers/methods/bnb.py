@@ -12,7 +12,7 @@ from quantizers.scheme import BnbScheme, FloatScheme, IntegerScheme
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from quantizers.pipeline import Block
+    from quantizers.block import Block
     from quantizers.weights import QuantizedWeight
 
 

@@ -41,7 +41,8 @@ class FolderLoader:
     def predict(self, spec: VariantSpec) -> Claim:
         """What `load` will hold, from the headers of the files. Raises as `load` does."""
         config, recipe, checkpoint = _open(spec)
-        return _claim(spec, recipe, predict_bytes(config, recipe, checkpoint, device=str(self._device)))
+        artifact = None if spec.artifact_dir is None else _tensors(Path(spec.artifact_dir))
+        return _claim(spec, recipe, predict_bytes(config, recipe, checkpoint, artifact, device=str(self._device)))
 
     def load(self, spec: VariantSpec) -> Variant:
         """Raises NotFound for a folder that is not there, CorruptData for files that do not fit each other, UnknownRecipe."""

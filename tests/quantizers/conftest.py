@@ -5,9 +5,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen2Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    FalconConfig,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    PhiConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from model_store.formats.safetensors import SafetensorsSource
+from quantizers.calibration import Calibration
 from quantizers.tensors import TensorSource
 
 
@@ -39,9 +56,22 @@ def tiny_config(family: str) -> PretrainedConfig:
     heads = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     if family == "qwen2":  # biases in attention
         return Qwen2Config(**common, **heads, tie_word_embeddings=True)
+    if family in _LIKE_LLAMA:
+        return _LIKE_LLAMA[family](**common, **heads, head_dim=16)
+    if family == "opt":
+        return OPTConfig(**common, hidden_size=64, ffn_dim=128, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=64)
+    if family == "falcon":  # attention and MLP side by side, one normalization feeding both
+        return FalconConfig(**common, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
+    if family in _ONE_HEAD_COUNT:
+        return _ONE_HEAD_COUNT[family](**common, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+    assert family in ("llama", "llama-tied"), family
     return LlamaConfig(**common, **heads, tie_word_embeddings=family == "llama-tied")
 
 
+_LIKE_LLAMA = {"qwen3": Qwen3Config, "mistral": MistralConfig, "gemma": GemmaConfig, "gemma3": Gemma3TextConfig}
+_ONE_HEAD_COUNT = {"phi": PhiConfig, "gpt-neox": GPTNeoXConfig}
+# Every shape of decoder that the walk is to follow; the ones of `FAMILIES` go through all tests of the loader too.
+DECODERS = ("llama", "qwen2", "gpt2", *_LIKE_LLAMA, "opt", "falcon", *_ONE_HEAD_COUNT)
 FAMILIES = ("llama", "llama-tied", "qwen2", "gpt2")
 
 
@@ -71,3 +101,12 @@ def demo_config(demo: Path) -> PretrainedConfig:
 @pytest.fixture(scope="session")
 def demo_tensors(demo: Path) -> TensorSource:
     return SafetensorsSource([demo / "model.safetensors"])
+
+
+def calibration_tokens(samples: int = 8, length: int = 24, *, padded: bool = False) -> Calibration:
+    """Random tokens of the tiny models' vocabulary; with padding the second sample ends early."""
+    tokens = torch.randint(3, 90, (samples, length), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(tokens)
+    if padded:
+        mask[1, length // 2 :] = 0
+    return Calibration(tokens, mask, "random", "0" * 64)

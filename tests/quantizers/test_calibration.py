@@ -3,10 +3,11 @@
 from pydoc_data.topics import topics
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantizers.calibration import Text, calibration_text, evaluation_text, token_windows
+from quantizers.calibration import Calibration, Text, calibrate_on, calibration_text, evaluation_text, token_windows
 from quantizers.errors import InvalidInput
 
 
@@ -37,3 +38,31 @@ def test_windows_are_the_texts_first_tokens_in_order(content: str, length: int, 
 def test_sizes_that_measure_nothing_are_refused(length: int, count: int) -> None:
     with pytest.raises(InvalidInput, match="measure nothing"):
         token_windows(encode, Text("letters", "a" * 100), length=length, count=count)
+
+
+def test_samples_are_the_first_windows_or_drawn_by_the_seed() -> None:
+    text = Text("letters", "".join(chr(97 + index % 26) for index in range(400)))
+    first = calibrate_on(encode, text, samples=3, length=10)
+    assert first.tokens.flatten().tolist() == encode(text.content)[:30] and bool(first.mask.all())
+    assert first.facts == {"source": "letters", "sha256": text.sha256, "samples": 3, "length": 10, "tokens": 30}
+    drawn, again, other = (calibrate_on(encode, text, samples=3, length=10, seed=seed) for seed in (1, 1, 2))
+    assert drawn.tokens.equal(again.tokens) and not drawn.tokens.equal(other.tokens)
+
+
+def test_a_text_that_is_too_short_is_refused() -> None:
+    with pytest.raises(InvalidInput, match="'letters' has 2 windows of 10 tokens, fewer than 3: give a longer text"):
+        calibrate_on(encode, Text("letters", "a" * 29), samples=3, length=10)
+    with pytest.raises(InvalidInput, match="'empty' has 0 tokens, less than one window"):
+        calibrate_on(encode, Text("empty", ""), samples=3, length=10)
+
+
+@pytest.mark.parametrize(("tokens", "mask"), [((0, 4), (0, 4)), ((2, 4), (2, 3)), ((4,), (4,))])
+def test_calibration_that_holds_no_samples_is_refused(tokens: tuple[int, ...], mask: tuple[int, ...]) -> None:
+    with pytest.raises(InvalidInput, match=r"calibration tokens are \[samples, length\]"):
+        Calibration(torch.zeros(tokens, dtype=torch.int64), torch.ones(mask, dtype=torch.int64), "text", "0")
+
+
+def test_a_sample_of_padding_alone_is_refused() -> None:
+    mask = torch.tensor([[1, 1], [0, 0]])
+    with pytest.raises(InvalidInput, match="is all padding"):
+        Calibration(torch.ones_like(mask), mask, "text", "0")

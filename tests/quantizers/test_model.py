@@ -14,7 +14,7 @@ from quantizers.pipeline import quantize
 from quantizers.recipe import parse_recipe
 from quantizers.shared import SharedTensors
 from quantizers.tensors import TensorSource
-from tests.quantizers.conftest import MemoryTensors
+from tests.quantizers.conftest import MemoryTensors, calibration_tokens
 
 RECIPES = (
     *("fp32", "bf16", "fp16", "rtn-w8", "rtn-w8g32", "rtn-w4", "rtn-w4g32", "rtn-w4g32z", "rtn-w4g32m", "rtn-w3g64", "rtn-w2g64z"),
@@ -204,3 +204,36 @@ def test_recipe_and_artifact_go_together(tiny: Callable) -> None:
     for slug, artifact in (("bf16", MemoryTensors()), ("rtn-w8", None)):
         with pytest.raises(InvalidInput, match="artifact"):
             load_model(model.config, parse_recipe(slug), checkpoint, artifact, device="cpu", shared=SharedTensors(), checkpoint_key="x")
+
+
+@pytest.mark.parametrize("slug", ["smoothquant-w8a8", "awq-w4g32z"])
+@pytest.mark.parametrize("changed_family", ["llama", "gpt2"])
+def test_norms_that_a_method_changed_are_the_variants_own(changed_family: str, tiny: Callable, slug: str) -> None:
+    """They come from the artifact, count as its weights, and are predicted to the byte; the checkpoint's go to the other variants."""
+    model, checkpoint = tiny(changed_family)
+    recipe, artifact = parse_recipe(slug), MemoryTensors()
+    result = quantize(model.config, checkpoint, recipe, artifact.__setitem__, calibration=calibration_tokens())
+    assert result.changed and all("ln_" in name or "norm" in name or "bias" in name for name in result.changed)
+    assert result.bytes == sum(tensor.nbytes for tensor in artifact.values())
+    shared = SharedTensors()
+    loaded = load_model(model.config, recipe, checkpoint, artifact, device="cpu", shared=shared, checkpoint_key="checkpoint")
+    assert predict_bytes(model.config, recipe, checkpoint, artifact) == loaded.bytes
+    for name in result.changed:
+        assert torch.equal(loaded.model.get_parameter(name), artifact[name].bfloat16())
+    plain = load("bf16", model.config, checkpoint, shared)
+    assert plain.bytes["shared_weights"] - loaded.bytes["shared_weights"] == 2 * sum(artifact[name].numel() for name in result.changed)
+    assert torch.isfinite(logits(loaded.model)).all()
+
+
+@pytest.mark.parametrize("bad", ["shape", "nan", "elsewhere", "rtn"])
+def test_a_changed_norm_that_does_not_belong_is_corrupt(tiny: Callable, bad: str) -> None:
+    model, checkpoint = tiny("llama")
+    artifact, name = MemoryTensors(), "model.layers.0.input_layernorm.weight"
+    recipe = parse_recipe("rtn-w8" if bad == "rtn" else "smoothquant-w8a8")
+    quantize(model.config, checkpoint, recipe, artifact.__setitem__, calibration=None if bad == "rtn" else calibration_tokens())
+    if bad == "elsewhere":
+        artifact["model.norm.weight"] = torch.ones(64)
+    else:
+        artifact[name] = {"shape": torch.ones(3), "nan": torch.full((64,), float("nan")), "rtn": torch.ones(64)}[bad]
+    with pytest.raises(CorruptData, match="norm"):
+        load_model(model.config, recipe, checkpoint, artifact, device="cpu", shared=SharedTensors(), checkpoint_key="checkpoint")

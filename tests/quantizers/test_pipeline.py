@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import PretrainedConfig
 
+from quantizers.calibration import Calibration
 from quantizers.errors import CorruptData, InvalidInput, QuantizationFailed
 from quantizers.methods.base import METHODS, Method
 from quantizers.methods.rtn import quantize_nearest
@@ -14,7 +15,7 @@ from quantizers.pipeline import Block, Progress, quantize
 from quantizers.recipe import Recipe, parse_recipe
 from quantizers.scheme import BnbScheme, FloatScheme, IntegerScheme
 from quantizers.tensors import TensorSource
-from tests.quantizers.conftest import MemoryTensors, tiny_config
+from tests.quantizers.conftest import MemoryTensors, calibration_tokens, tiny_config
 
 
 def test_every_layer_is_written_once_with_its_error(family: str, tiny: Callable) -> None:
@@ -149,3 +150,39 @@ def test_an_architecture_that_does_not_exist_is_refused() -> None:
     config.model_type = "nonsense"
     with pytest.raises(InvalidInput, match="cannot build"):
         quantize(PretrainedConfig(), MemoryTensors(), parse_recipe("rtn-w8"), lambda name, tensor: None)
+
+
+def test_calibration_is_recorded_and_asked_for(tiny: Callable) -> None:
+    model, checkpoint = tiny("llama")
+    given = calibration_tokens(4, 16, padded=True)
+    result = quantize(model.config, checkpoint, parse_recipe("gptq-w4g32"), MemoryTensors().__setitem__, calibration=given)
+    assert result.calibration == {"source": "random", "sha256": "0" * 64, "samples": 4, "length": 16, "tokens": 4 * 16 - 8}
+    with pytest.raises(InvalidInput, match="gptq needs calibration tokens"):
+        quantize(model.config, checkpoint, parse_recipe("gptq-w4g32"), MemoryTensors().__setitem__)
+    with pytest.raises(InvalidInput, match="rtn-w4g32 looks at no calibration tokens: leave them out"):
+        quantize(model.config, checkpoint, parse_recipe("rtn-w4g32"), MemoryTensors().__setitem__, calibration=given)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (torch.full((2, 65), 3), "samples of 65 tokens are longer than the model's 64"),
+        (torch.full((2, 8), 96), "hold the id 96, the vocabulary has 0 to 95"),
+        (torch.full((2, 8), -1), "hold the id -1"),
+    ],
+)
+def test_calibration_tokens_that_the_model_has_no_place_for(tiny: Callable, tokens: torch.Tensor, message: str) -> None:
+    model, checkpoint = tiny("llama")
+    given = Calibration(tokens, torch.ones_like(tokens), "text", "0")
+    with pytest.raises(InvalidInput, match=message):
+        quantize(model.config, checkpoint, parse_recipe("gptq-w8"), MemoryTensors().__setitem__, calibration=given)
+
+
+@pytest.mark.parametrize("key", ["model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_a_damaged_checkpoint_fails_by_name_with_calibration_too(tiny: Callable, key: str) -> None:
+    model, checkpoint = tiny("llama")
+    checkpoint[key] = checkpoint[key].clone()
+    checkpoint[key].view(-1)[3] = float("nan")
+    with pytest.raises(QuantizationFailed) as failure:
+        quantize(model.config, checkpoint, parse_recipe("gptq-w8"), MemoryTensors().__setitem__, calibration=calibration_tokens())
+    assert failure.value.layer == key

@@ -1,0 +1,183 @@
+"""What flows through the decoder blocks of a model: a block's inputs as the model itself makes them, and which layers share an input.
+
+Nothing here knows an architecture. The model runs up to its blocks, each of which only notes with what it was called (masks, position
+embeddings, whatever else the architecture hands over) and passes the hidden states on; a block's inner flow is found by running it.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from quantizers.errors import InvalidInput, QuantizationFailed
+
+_HIDDEN = "hidden_states"
+
+
+class _Done(Exception):
+    """Ends the model's forward pass once the last block has been called."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """With what a model calls one block, the hidden states left out."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """The block's output for `hidden` [samples, length, hidden_size], of that shape."""
+        output = block(hidden, *self.args, **self.kwargs)
+        result: Tensor = output[0] if isinstance(output, tuple) else output
+        return result
+
+
+@dataclass(frozen=True)
+class BlockInputs:
+    """`hidden` fp32 [samples, length, hidden_size] is the first block's input; `calls` has one entry a block."""
+
+    hidden: Tensor
+    calls: tuple[Call, ...]
+
+
+def block_inputs(model: PreTrainedModel, blocks: Sequence[nn.Module], tokens: Tensor, mask: Tensor) -> BlockInputs:
+    """Run `model` up to its blocks on `tokens` int64 [samples, length] with the attention mask `mask` of that shape, 1 for a real token.
+
+    The blocks' own weights are not touched; everything before them must be there. Raises InvalidInput where the model does not call its
+    blocks one after the other.
+    """
+    for in_tuple in (False, True):  # a block returns its hidden states alone or first in a tuple: what comes back tells which
+        recorder = _Recorder(len(blocks), in_tuple)
+        with ExitStack() as stack:
+            for index, block in enumerate(blocks):
+                block.forward = recorder.stand_in(index)
+                stack.callback(delattr, block, "forward")
+            try:
+                model.base_model(input_ids=tokens, attention_mask=mask, use_cache=False)
+            except _Done:
+                return BlockInputs(recorder.hidden[0], tuple(recorder.calls))
+            except (_Unexpected, TypeError, ValueError, IndexError, AttributeError) as error:
+                failure = error
+    raise InvalidInput(
+        f"{type(model).__name__} does not call its decoder blocks in order, so no method with calibration can follow it: use rtn",
+        param="model",
+    ) from failure
+
+
+class _Unexpected(Exception):
+    """A block was handed something else than the block before it returned."""
+
+
+class _Recorder:
+    def __init__(self, count: int, in_tuple: bool) -> None:
+        self.hidden: list[Tensor] = []
+        self.calls: list[Call] = []
+        self._count, self._in_tuple = count, in_tuple
+
+    def stand_in(self, index: int) -> Any:
+        """In the place of block `index`'s forward."""
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            hidden = args[0] if args else kwargs.pop(_HIDDEN)
+            if index != len(self.calls) or (self.hidden and hidden is not self.hidden[-1]):
+                raise _Unexpected
+            self.hidden.append(hidden)
+            self.calls.append(Call(args[1:], kwargs))
+            if len(self.calls) == self._count:
+                raise _Done
+            return (hidden,) if self._in_tuple else hidden
+
+        return forward
+
+
+@dataclass(frozen=True)
+class Group:
+    """Linear layers of one block that take the same input, by full name in the order of their calls.
+
+    norm: full name of the normalization whose output that input is; None where it is something else's.
+    """
+
+    names: tuple[str, ...]
+    norm: str | None
+
+
+def find_groups(block: nn.Module, prefix: str, layers: Mapping[str, nn.Module], call: Call, hidden: Tensor) -> tuple[Group, ...]:
+    """Run `block` once on `hidden` and see which of its `layers` (full name -> module) were given the same tensor, in order.
+
+    Raises QuantizationFailed naming a layer that did not run.
+    """
+    inputs: dict[str, Tensor] = {}
+    norms: dict[str, Tensor] = {}
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            stack.callback(layer.register_forward_pre_hook(_keep_input(inputs, name)).remove)
+        for name, module in block.named_modules(prefix=prefix):
+            if _is_norm(module):
+                stack.callback(module.register_forward_hook(_keep_output(norms, name)).remove)
+        call.run(block, hidden)
+    for name in layers:
+        if name not in inputs:
+            raise QuantizationFailed("did not run on the calibration tokens, so nothing is known of its inputs: use rtn", layer=name)
+    members: dict[tuple[int, int, int], list[str]] = {}
+    for name, tensor in inputs.items():
+        members.setdefault(_place(tensor), []).append(name)
+    by_place = {_place(tensor): name for name, tensor in norms.items()}
+    return tuple(Group(tuple(names), by_place.get(place)) for place, names in members.items())
+
+
+def _keep_input(inputs: dict[str, Tensor], name: str) -> Any:
+    def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+        inputs.setdefault(name, args[0])
+
+    return hook
+
+
+def _keep_output(outputs: dict[str, Tensor], name: str) -> Any:
+    def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        outputs.setdefault(name, output)
+
+    return hook
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """LayerNorm, or an architecture's own kind: one vector of weights and a name that says so."""
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.dim() == 1 and (isinstance(module, nn.LayerNorm) or "norm" in type(module).__name__.lower())
+
+
+def _place(tensor: Tensor) -> tuple[int, int, int]:
+    """The same for a tensor and its reshaped views. All tensors compared are alive, so no place is used twice."""
+    return tensor.untyped_storage().data_ptr(), int(tensor.storage_offset()), tensor.numel()
+
+
+class Streams:
+    """The calibration tokens on their way through the blocks, as the checkpoint computes them and as the quantized model so far does.
+
+    full, quantized: fp32 [samples, length, hidden_size], the inputs of the block that is at work; one tensor until they differ. A stream
+    that no method of the recipe asks for is None and costs nothing.
+    """
+
+    def __init__(self, inputs: BlockInputs, sample: BlockInputs, mask: Tensor, wanted: frozenset[str]) -> None:
+        """`sample` are the inputs of the first sample alone; `mask` int64 [samples, length] is 1 where a token counts."""
+        self.full = inputs.hidden if "full" in wanted else None
+        self.quantized = inputs.hidden if "quantized" in wanted else None
+        self._calls, self._sample_calls = inputs.calls, sample.calls
+        self._kept = None if bool(mask.all()) else mask.view(-1).bool()
+
+    def run(self, block: nn.Module, index: int, hidden: Tensor) -> Tensor:
+        """The output of block `index` for all samples."""
+        return self._calls[index].run(block, hidden)
+
+    def sample(self, index: int) -> tuple[Call, Tensor]:
+        """The call and the input of block `index` for the first sample alone: [1, length, hidden_size]."""
+        stream = self.full if self.full is not None else self.quantized
+        assert stream is not None, "streams are made for a method that wants one"
+        return self._sample_calls[index], stream[:1]
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """A layer's input [..., in_features] -> [tokens, in_features] without padding, where rows are the samples' tokens in order."""
+        rows = x.reshape(-1, x.shape[-1])
+        return rows[self._kept] if self._kept is not None and len(self._kept) == len(rows) else rows

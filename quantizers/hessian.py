@@ -1,0 +1,69 @@
+"""Second-order statistics of a layer's inputs, and the factors that methods make of them."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantizers.errors import QuantizationFailed
+
+_ROWS = 8192  # tokens whose products are summed at once
+_DAMPING_STEP = 4.0  # between two tries
+_LARGEST_DAMPING = 1.0  # of the mean diagonal: beyond it the statistics say nothing any more
+
+
+def gram(x: Tensor, y: Tensor | None = None) -> Tensor:
+    """Mean over tokens of x_i y_j (of x_i x_j without `y`): `x` and `y` [tokens, in], any floating dtype -> fp32 [in, in]."""
+    total = torch.zeros(x.shape[-1], x.shape[-1], device=x.device)
+    for start in range(0, len(x), _ROWS):
+        left = x[start : start + _ROWS].float()
+        total.addmm_(left.T, left if y is None else y[start : start + _ROWS].float())
+    return total / len(x)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Of a damped Hessian H fp32 [in, in], in the order in which columns are to be quantized.
+
+    order: int64 [in], positions of columns. inverse: fp32 [in, in] upper triangular, inverse^T inverse = H^-1 in that order.
+    dead: bool [in] in the layer's own order, inputs that were always zero. ridge: what was added to the diagonal.
+    """
+
+    order: Tensor
+    inverse: Tensor
+    dead: Tensor
+    ridge: float
+
+
+def factors(hessian: Tensor, *, damping: float, by_magnitude: bool, layer: str) -> Factors:
+    """Raises QuantizationFailed naming `layer` where the Hessian is not finite, or not positive definite at any damping."""
+    if not bool(torch.isfinite(hessian).all()):
+        raise QuantizationFailed("its inputs on the calibration tokens are not finite: use another text, or rtn", layer=layer)
+    diagonal = hessian.diagonal()
+    dead = diagonal == 0
+    if bool(dead.all()):
+        raise QuantizationFailed("all of its inputs on the calibration tokens are zero: use another text, or rtn", layer=layer)
+    order = diagonal.argsort(descending=True, stable=True) if by_magnitude else torch.arange(len(diagonal), device=hessian.device)
+    ordered = hessian[order][:, order].double()
+    ordered.diagonal()[dead[order]] = 1
+    mean = float(diagonal[~dead].double().mean())
+    tried = damping
+    while tried <= _LARGEST_DAMPING:
+        inverse = _inverse_factor(ordered, tried * mean)
+        if inverse is not None:
+            return Factors(order, inverse.float(), dead, tried * mean)
+        tried *= _DAMPING_STEP
+    raise QuantizationFailed(
+        f"the Hessian of its inputs is not positive definite, damped with up to {_LARGEST_DAMPING:g} of its mean diagonal: "
+        "calibrate on more or other text, or use rtn",
+        layer=layer,
+    )
+
+
+def _inverse_factor(hessian: Tensor, ridge: float) -> Tensor | None:
+    """Upper Cholesky factor of (hessian + ridge I)^-1, or None where one of the two is not positive definite."""
+    lower, failed = torch.linalg.cholesky_ex(hessian + ridge * torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device))
+    if int(failed):
+        return None
+    upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    return None if int(failed) or not bool(torch.isfinite(upper).all()) else upper
