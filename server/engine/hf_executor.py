@@ -96,8 +96,8 @@ def _check_layers(model: nn.Module, config: PretrainedConfig, shapes: dict[int, 
     blocks = len(decoder_blocks(model))
     if sorted(shapes) != list(range(blocks)):
         raise InvalidInput(
-            f"{type(model).__name__} has {blocks} decoder blocks, of which {len(shapes)} use transformers' attention interface: architectures "
-            "with a state other than keys and values are not served",
+            f"{type(model).__name__} has {blocks} decoder blocks, of which {len(shapes)} use transformers' attention "
+            "interface: architectures with a state other than keys and values are not served",
             param="model",
         )
     kinds = getattr(text, "layer_types", None) or []

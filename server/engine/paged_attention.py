@@ -5,6 +5,7 @@ outside of attention is computed for all at once. Here the new keys and values g
 own. Sequences that bring one token each are computed together, padded to the longest context of their group.
 """
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -70,13 +71,13 @@ class PagedStep:
         starts = batch.query_start.tolist()
         positions = torch.from_numpy(batch.positions).long()
         tables = torch.from_numpy(batch.block_tables).long()
-        lengths = torch.tensor([last - first for first, last in zip(starts, starts[1:], strict=False)])
+        lengths = torch.tensor([last - first for first, last in itertools.pairwise(starts)])
         owner = torch.repeat_interleave(torch.arange(batch.sequences), lengths)
         slots = tables[owner, positions // block_size] * block_size + positions % block_size
         self.slots = slots.to(device)  # [T]
         self.prefills: list[_Prefill] = []
         single: list[tuple[int, int, int]] = []  # context, token, sequence
-        for index, (first, last) in enumerate(zip(starts, starts[1:], strict=False)):
+        for index, (first, last) in enumerate(itertools.pairwise(starts)):
             context = int(positions[last - 1]) + 1
             if last - first == 1:
                 single.append((context, first, index))
