@@ -66,11 +66,14 @@ def test_bytes_are_predicted_to_the_byte(family: str, tiny: Callable, slug: str)
 
 
 def test_bytes_worked_by_hand(demo_config: PretrainedConfig, demo_tensors: TensorSource) -> None:
-    """106168320 weights in 210 layers; embedding 49152 x 576 and 61 norms of 576 in bf16; 32 rotary frequencies, twice, in fp32."""
+    """106168320 weights in 210 layers; embedding 49152 x 576 and 61 norms of 576 in bf16; 32 rotary frequencies, twice, in fp32.
+
+    Three bits take a scale of two bytes and a zero point of one a group, in the reference kernel and in the native one.
+    """
     weights, shared, rotary = 106_168_320, 2 * (49152 * 576 + 61 * 576), 2 * 32 * 4
     predicted = predict_bytes(demo_config, parse_recipe("bf16"), demo_tensors)
     assert predicted == {"weights": 2 * weights + rotary, "shared_weights": shared}
-    predicted = predict_bytes(demo_config, parse_recipe("rtn-w3g64z"), demo_tensors)  # the reference kernel holds the stored form
+    predicted = predict_bytes(demo_config, parse_recipe("rtn-w3g64z"), demo_tensors)  # as stored
     assert predicted == {"weights": weights * 3 // 8 + weights // 64 * (2 + 1) + rotary, "shared_weights": shared}
 
 

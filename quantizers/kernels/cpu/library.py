@@ -60,6 +60,12 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "precis_advise_huge": (None, [c_void_p, c_int64]),
     "precis_packed_bytes": (c_int64, [POINTER(Matrix)]),
     "precis_pack": (c_int, [POINTER(Source), POINTER(Matrix), c_void_p, c_int]),
+    "precis_step_new": (c_void_p, [c_void_p]),
+    "precis_step_free": (None, [c_void_p]),
+    "precis_step_workspace_bytes": (c_int64, [c_void_p]),
+    "precis_step_forward": (c_int, [c_void_p, c_void_p, c_int]),
+    "precis_step_seconds": (None, [c_void_p, c_void_p]),
+    "precis_copy_block": (None, [c_void_p, c_void_p, c_int64, c_int64, c_int64]),
     "precis_linear": (c_int, [POINTER(Matrix), c_void_p, c_int, c_void_p, c_int]),
 }
 

@@ -1,10 +1,12 @@
 // The C interface, for ctypes. No exception leaves it: a call that can fail returns 0 or a code, see `library.py`.
 #include "api.h"
 
+#include <iterator>
 #include <new>
 
 #include "kernels.h"
 #include "memory.h"
+#include "step.h"
 
 #define PRECIS_API extern "C" __attribute__((visibility("default")))
 
@@ -37,4 +39,27 @@ PRECIS_API int precis_pack(const precis::Source* source, const precis::Matrix* m
 
 PRECIS_API int precis_linear(const precis::Matrix* m, const float* x, int tokens, float* y, int threads) {
     return guarded([&] { precis::linear(*m, x, tokens, y, threads); });
+}
+
+PRECIS_API void* precis_step_new(const precis::Model* model) { return new (std::nothrow) precis::Step(*model); }
+PRECIS_API void precis_step_free(void* step) { delete static_cast<precis::Step*>(step); }
+PRECIS_API int64_t precis_step_workspace_bytes(const void* step) {
+    return static_cast<int64_t>(static_cast<const precis::Step*>(step)->workspace_bytes());
+}
+
+// A code of StepError.
+PRECIS_API int precis_step_forward(void* step, const precis::Batch* batch, int threads) {
+    precis::StepError error = precis::StepError::kNone;
+    const int failed = guarded([&] { error = static_cast<precis::Step*>(step)->forward(*batch, threads); });
+    return failed ? failed : static_cast<int>(error);
+}
+
+// Seconds by Phase since the step was made.
+PRECIS_API void precis_step_seconds(const void* step, double* out) {
+    const auto& seconds = static_cast<const precis::Step*>(step)->seconds;
+    for (size_t i = 0; i < std::size(seconds); i++) out[i] = seconds[i];
+}
+
+PRECIS_API void precis_copy_block(const precis::Model* m, uint8_t* cache, int64_t blocks, int64_t from, int64_t to) {
+    precis::copy_block({m->layers, blocks, m->kv_heads, m->head_dim, m->cache_fp32 != 0}, cache, from, to);
 }

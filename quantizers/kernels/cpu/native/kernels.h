@@ -20,9 +20,10 @@ struct AttendCall {
     int start;                        // position of the chunk's first slot
     const int* first;                 // row i attends to the positions first[i] <= p < limit[i]; at least one lies in the chunk
     const int* limit;
-    float* max;   // [rows]
-    float* sum;   // [rows]
-    float* out;   // [rows][head_dim], not yet divided by the sum
+    int64_t stride;  // results of a row lie that many apart: one for each chunk of the context
+    float* max;      // [rows], every `stride`th
+    float* sum;      // [rows], every `stride`th
+    float* out;      // [rows][head_dim], every `stride`th row; not yet divided by the sum
 };
 
 constexpr int kQueries = 8;
@@ -41,8 +42,8 @@ struct Kernels {
     void (*rms_norm)(const float* x, const float* weight, float eps, int n, float* y);
     void (*silu_mul)(const float* gate, const float* up, int n, float* y);
     void (*attend)(const AttendCall& call);
-    // (max, sum, out) of the positions so far with those of the next chunk, for one row.
-    void (*merge)(float* max, float* sum, float* out, float next_max, float next_sum, const float* next_out, int head_dim);
+    // What `attend` left for the chunks of one row -> result [head_dim]. `weight` has room for `chunks`.
+    void (*combine)(const float* max, const float* sum, const float* out, int chunks, int head_dim, float* weight, float* result);
 };
 
 // Two blocks unpacked to bytes, with their scales and zeros as floats.

@@ -36,7 +36,7 @@ void linear(const Matrix& m, const float* x, int tokens, float* y, int threads) 
     for (int done = 0; done < tokens; done += kTokens) {
         const int count = std::min(kTokens, tokens - done);
         const float* rows = x + int64_t{done} * m.columns;
-        t_inputs.prepare({&m}, count, rows);
+        t_inputs.prepare(bit(m.kind), count, m.columns, rows);
         Work work{&kernels(), &m, rows, y + int64_t{done} * m.rows, &t_inputs, panels};
         run_on_threads(threads, run, &work);
     }

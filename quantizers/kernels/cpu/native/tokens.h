@@ -22,35 +22,42 @@ struct QuantizedBuffers {
     size_t bytes() const { return codes.bytes() + scale.bytes() + scaled_sum.bytes() + negated_sum.bytes(); }
 };
 
+inline unsigned bit(Kind kind) { return 1u << static_cast<int>(kind); }
+
 // The same inputs in every form that the matrices of one phase read.
 class Inputs {
 public:
-    // Room for `tokens` rows in the forms of `matrices`, which all have as many columns.
-    void prepare(std::initializer_list<const Matrix*> matrices, int tokens, const float* fp32) {
+    // Room for `tokens` rows in every form of `kinds` (bits `1 << Kind`). fp32 rows are read at `fp32`, or copied where it is null.
+    void prepare(unsigned kinds, int tokens, int64_t columns, const float* fp32) {
+        kinds_ = kinds;
         view_ = Activations{};
         view_.tokens = tokens;
-        view_.columns = static_cast<int>((*matrices.begin())->columns);
+        view_.columns = static_cast<int>(columns);
         view_.fp32 = fp32;
-        for (bool& needed : needed_) needed = false;
-        for (const Matrix* m : matrices) needed_[static_cast<int>(m->kind)] = true;
-        if (needed(Kind::kGrouped)) view_.grouped = grouped_.reserve(tokens, view_.columns, view_.columns / kInputs);
-        if (needed(Kind::kToken)) view_.token = token_.reserve(tokens, view_.columns, 1);
-        if (needed(Kind::kBf16)) view_.bf16 = bf16_.reserve(static_cast<size_t>(tokens) * static_cast<size_t>(view_.columns));
+        const size_t size = static_cast<size_t>(tokens * columns);
+        if (needed(Kind::kGrouped)) view_.grouped = grouped_.reserve(tokens, columns, columns / kInputs);
+        if (needed(Kind::kToken)) view_.token = token_.reserve(tokens, columns, 1);
+        if (needed(Kind::kBf16)) view_.bf16 = bf16_.reserve(size);
+        copies_ = needed(Kind::kFp32) && fp32 == nullptr;
+        if (copies_) view_.fp32 = fp32_.reserve(size);
     }
     void fill(const Kernels& k, const float* x, int row) {
         for (Kind kind : {Kind::kGrouped, Kind::kToken, Kind::kBf16})
             if (needed(kind)) k.quantize_row(kind, x, view_, row);
+        if (copies_) std::copy(x, x + view_.columns, fp32_.get() + int64_t{row} * view_.columns);
     }
     const Activations& view() const { return view_; }
-    size_t bytes() const { return grouped_.bytes() + token_.bytes() + bf16_.bytes(); }
+    size_t bytes() const { return grouped_.bytes() + token_.bytes() + bf16_.bytes() + fp32_.bytes(); }
 
 private:
-    bool needed(Kind kind) const { return needed_[static_cast<int>(kind)]; }
+    bool needed(Kind kind) const { return kinds_ & bit(kind); }
 
     Activations view_;
-    bool needed_[4] = {};
+    unsigned kinds_ = 0;
+    bool copies_ = false;
     QuantizedBuffers grouped_, token_;
     Buffer<uint16_t> bf16_;
+    Buffer<float> fp32_;
 };
 
 // Rows in the units that are dealt out to threads: a block for one token, a panel for more.

@@ -1,0 +1,52 @@
+// The paged cache of keys and values: blocks of 16 positions of one sequence.
+//
+//     cache   | layer 0 | layer 1 | ...        layer | block 0 | block 1 | ...      block | head 0 | head 1 | ...
+//     head    | key plane | value plane |      each 16 * head_dim elements
+//     bf16    key plane [head_dim / 2][16 positions][2 dimensions]    value plane [8 pairs of positions][head_dim][2 positions]
+//     fp32    key plane [head_dim][16 positions]                      value plane [16 positions][head_dim]
+//
+// so that a vector holds the same part of 16 keys, or 16 dimensions of a value. Slots that were never written may hold anything.
+#pragma once
+
+#include <cstring>
+
+#include "kernels.h"
+#include "numbers.h"
+
+namespace precis {
+
+struct CacheShape {
+    int64_t layers, blocks, kv_heads, head_dim;
+    bool fp32;
+
+    int64_t plane_bytes() const { return kBlockTokens * head_dim * (fp32 ? 4 : 2); }
+    int64_t block_bytes() const { return 2 * kv_heads * plane_bytes(); }  // of one layer
+    uint8_t* keys(uint8_t* cache, int64_t layer, int64_t block, int64_t head) const {
+        return cache + (layer * blocks + block) * block_bytes() + head * 2 * plane_bytes();
+    }
+};
+
+// The key and value [head_dim] of one position into slot 0..15 of a head's planes.
+inline void append(const CacheShape& shape, uint8_t* keys, int slot, const float* key, const float* value) {
+    const int64_t dims = shape.head_dim;
+    uint8_t* values = keys + shape.plane_bytes();
+    if (shape.fp32) {
+        auto* k = reinterpret_cast<float*>(keys);
+        for (int64_t d = 0; d < dims; d++) k[d * kBlockTokens + slot] = key[d];
+        std::memcpy(values + slot * dims * 4, value, static_cast<size_t>(dims) * 4);
+        return;
+    }
+    auto* k = reinterpret_cast<uint16_t*>(keys);
+    auto* v = reinterpret_cast<uint16_t*>(values) + int64_t{slot / 2} * dims * 2 + slot % 2;
+    for (int64_t d = 0; d < dims; d++) {
+        k[(d / 2 * kBlockTokens + slot) * 2 + d % 2] = to_bf16(key[d]);
+        v[d * 2] = to_bf16(value[d]);
+    }
+}
+
+inline void copy_block(const CacheShape& shape, uint8_t* cache, int64_t from, int64_t to) {
+    for (int64_t layer = 0; layer < shape.layers; layer++)
+        std::memcpy(shape.keys(cache, layer, to, 0), shape.keys(cache, layer, from, 0), static_cast<size_t>(shape.block_bytes()));
+}
+
+}  // namespace precis

@@ -1,0 +1,334 @@
+#include "step.h"
+
+#include <time.h>
+
+#include <atomic>
+#include <cstring>
+
+namespace precis {
+namespace {
+
+double now() {
+    timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
+}
+
+// Rotary embedding of one head: the two halves of `head_dim` are the parts of `half` complex numbers.
+void rotate(float* x, const float* cos, const float* sin, int64_t half) {
+    for (int64_t i = 0; i < half; i++) {
+        const float a = x[i], b = x[half + i];
+        x[i] = a * cos[i] - b * sin[i];
+        x[half + i] = b * cos[i] + a * sin[i];
+    }
+}
+
+}  // namespace
+
+// One forward pass, as every thread of its team runs it.
+class Run {
+public:
+    Run(Step& step, const Batch& batch, const Kernels& kernels)
+        : s_(step), m_(step.m_), b_(batch), k_(kernels), tokens_(static_cast<int>(batch.tokens)), single_(batch.tokens == 1),
+          columns_((m_.heads + 2 * m_.kv_heads) * m_.head_dim), cache_{m_.layers, batch.blocks, m_.kv_heads, m_.head_dim, m_.cache_fp32 != 0} {}
+
+    static void work(void* context, Team& team, int index) { static_cast<Run*>(context)->thread(team, index); }
+
+private:
+    using Local = Step::Local;
+
+    void thread(Team& team, int index) {
+        clock_ = index == 0 ? now() : clock_;
+        const int64_t row0 = team.begin(tokens_, index), row1 = team.begin(tokens_, index + 1);
+        for (int64_t t = row0; t < row1; t++) embed(static_cast<int>(t));
+        if (single_) wait(team, index);
+        for (int64_t l = 0; l < m_.layers; l++) {
+            const Layer& layer = m_.layer[l];
+            normed(team, index, layer.input_norm);
+            qkv(team, index, layer);
+            attention(team, index, layer, l);
+            residual(team, index, layer.o, inputs(index).out, Phase::kOut);
+            normed(team, index, layer.post_norm);
+            mlp(team, index, layer);
+            residual(team, index, layer.down, inputs(index).down, Phase::kDown);
+        }
+        if (b_.logit_rows > 0) head(team, index);
+    }
+
+    // The inputs that this thread reads: its own copy of one token's, or the team's.
+    Local& inputs(int index) { return s_.local_[single_ ? static_cast<size_t>(index) : 0]; }
+
+    void mark(int index, Phase phase) {
+        if (index != 0) return;
+        const double t = now();
+        s_.seconds[static_cast<int>(phase)] += t - clock_;
+        clock_ = t;
+    }
+
+    void wait(Team& team, int index) {
+        team.barrier();
+        mark(index, Phase::kWait);
+    }
+
+    // make(row) for every row that this thread makes, and a barrier where others read it.
+    template <class Make>
+    void rows(Team& team, int index, int count, Phase phase, Make make) {
+        const bool alone = count == 1;
+        for (int64_t r = alone ? 0 : team.begin(count, index); r < (alone ? 1 : team.begin(count, index + 1)); r++) make(static_cast<int>(r));
+        mark(index, phase);
+        if (!alone) wait(team, index);
+    }
+
+    void embed(int t) {
+        float* x = s_.x_.get() + t * m_.hidden;
+        if (m_.embedding_fp32) {
+            std::memcpy(x, static_cast<const float*>(m_.embedding) + b_.id[t] * m_.hidden, sizeof(float) * static_cast<size_t>(m_.hidden));
+            return;
+        }
+        const uint16_t* row = static_cast<const uint16_t*>(m_.embedding) + b_.id[t] * m_.hidden;
+        for (int64_t i = 0; i < m_.hidden; i++) x[i] = from_bf16(row[i]);
+    }
+
+    void normed(Team& team, int index, const float* weight) {
+        float* y = mine(index).row.get();
+        rows(team, index, tokens_, Phase::kNorm, [&](int t) {
+            k_.rms_norm(s_.x_.get() + t * m_.hidden, weight, m_.epsilon, static_cast<int>(m_.hidden), y);
+            inputs(index).hidden.fill(k_, y, t);
+        });
+    }
+
+    void qkv(Team& team, int index, const Layer& layer) {
+        const Matrix* parts[] = {&layer.q, &layer.k, &layer.v};
+        int64_t total = 0, before = 0, column = 0;
+        for (const Matrix* part : parts) total += unit_count(*part, tokens_);
+        const int64_t begin = team.begin(total, index), end = team.begin(total, index + 1);
+        for (const Matrix* part : parts) {
+            const int64_t units = unit_count(*part, tokens_), first = std::clamp<int64_t>(begin - before, 0, units);
+            multiply(k_, *part, inputs(index).hidden.view(), first, std::clamp<int64_t>(end - before, 0, units),
+                     s_.qkv_.get() + column + first * unit_rows(tokens_), columns_, mine(index).panel.get());
+            before += units, column += part->rows;
+        }
+        mark(index, Phase::kQkv);
+        if (index == 0) next_unit_.store(0, std::memory_order_relaxed);
+        wait(team, index);
+    }
+
+    void attention(Team& team, int index, const Layer& layer, int64_t l) {
+        if (!s_.plan_.writes_cache) {
+            for (int64_t t = team.begin(tokens_, index); t < team.begin(tokens_, index + 1); t++)
+                for (int h = 0; h < m_.kv_heads; h++) write_cache(layer, l, static_cast<int>(t), h);
+            mark(index, Phase::kCache);
+            wait(team, index);
+        }
+        const auto& units = s_.plan_.units;
+        for (;;) {
+            const auto i = static_cast<size_t>(next_unit_.fetch_add(1, std::memory_order_relaxed));
+            if (i >= units.size()) break;
+            attend(mine(index), units[i], layer, l);
+        }
+        mark(index, Phase::kAttention);
+        wait(team, index);
+        rows(team, index, tokens_, Phase::kAttention, [&](int t) {
+            const float* row = s_.attended_.get() + t * m_.heads * m_.head_dim;
+            inputs(index).out.fill(k_, s_.plan_.split ? joined(mine(index), layer, t) : row, t);
+        });
+    }
+
+    void write_cache(const Layer& layer, int64_t l, int t, int head) {
+        float* key = s_.qkv_.get() + t * columns_ + (m_.heads + head) * m_.head_dim;
+        if (layer.k_norm != nullptr) k_.rms_norm(key, layer.k_norm, m_.epsilon, static_cast<int>(m_.head_dim), key);
+        turn(key, t);
+        append(cache_, keys(l, t, head, b_.position[t] / kBlockTokens), b_.position[t] % kBlockTokens, key, key + m_.kv_heads * m_.head_dim);
+    }
+
+    void turn(float* x, int t) {
+        const int64_t half = m_.head_dim / 2, at = b_.position[t] * half;
+        rotate(x, b_.cos + at, b_.sin + at, half);
+    }
+
+    uint8_t* keys(int64_t l, int t, int head, int block) {
+        return cache_.keys(b_.cache, l, b_.table[s_.plan_.sequence_of[static_cast<size_t>(t)] * b_.table_width + block], head);
+    }
+
+    // The unit's queries, normed, turned and scaled, [tokens][heads][head_dim] in the cache's type.
+    const void* queries(Local& mine, const AttentionUnit& u, const Layer& layer) {
+        const int dims = static_cast<int>(m_.head_dim);
+        float* q = mine.scratch.get();
+        Activations rounded;
+        rounded.columns = dims, rounded.bf16 = mine.query.get();
+        for (int i = 0; i < u.tokens * u.heads; i++, q += dims) {
+            const int t = u.token0 + i / u.heads;
+            const float* from = s_.qkv_.get() + t * columns_ + (u.head0 + i % u.heads) * m_.head_dim;
+            if (layer.q_norm != nullptr) k_.rms_norm(from, layer.q_norm, m_.epsilon, dims, q);
+            else std::copy(from, from + dims, q);
+            turn(q, t);
+            for (int d = 0; d < dims; d++) q[d] *= m_.scaling;
+            if (!m_.cache_fp32) k_.quantize_row(Kind::kBf16, q, rounded, i);
+        }
+        return m_.cache_fp32 ? static_cast<const void*>(mine.scratch.get()) : mine.query.get();
+    }
+
+    void attend(Local& mine, const AttentionUnit& u, const Layer& layer, int64_t l) {
+        const int count = u.tokens * u.heads, dims = static_cast<int>(m_.head_dim), last = u.token0 + u.tokens - 1;
+        // A query that still stands before its own key is in the last part of the context, whose unit writes the key.
+        if (s_.plan_.writes_cache && u.chunk0 + u.chunks == chunk_end(b_.position[last])) write_cache(layer, l, last, u.kv_head);
+        int first[kQueries], limit[kQueries];
+        for (int i = 0; i < count; i++) {
+            limit[i] = b_.position[u.token0 + i / u.heads] + 1;
+            first[i] = first_position(limit[i] - 1, layer.window);
+        }
+        AttendCall c{};
+        c.query = queries(mine, u, layer), c.head_dim = dims, c.fp32 = cache_.fp32;
+        const int64_t chunks = s_.plan_.chunks;
+        for (int chunk = u.chunk0; chunk < u.chunk0 + u.chunks; chunk++) {
+            // Rows that see nothing of the chunk: those of earlier tokens at its end, of later ones at its beginning.
+            int from = 0, to = count;
+            while (from < to && limit[from] <= chunk * kChunk) from++;
+            while (from < to && first[to - 1] >= (chunk + 1) * kChunk) to--;
+            if (from == to) continue;
+            c.start = chunk * kChunk, c.rows = to - from, c.first = first + from, c.limit = limit + from;
+            c.blocks = 0;
+            for (int b = chunk * kChunkBlocks; b < (chunk + 1) * kChunkBlocks && b * kBlockTokens < limit[to - 1]; b++) {
+                const bool seen = (b + 1) * kBlockTokens > first[from];
+                c.keys[c.blocks] = keys(l, u.token0, u.kv_head, seen ? b : first[from] / kBlockTokens);
+                c.values[c.blocks] = c.keys[c.blocks] + cache_.plane_bytes(), c.blocks++;
+            }
+            AttendCall part = c;
+            part.query = static_cast<const uint8_t*>(c.query) + from * dims * (cache_.fp32 ? 4 : 2);
+            const int64_t at = (s_.plan_.split ? (int64_t{u.token0} * m_.heads + u.head0) : 0) * chunks + from * chunks + chunk;
+            part.stride = chunks;
+            part.max = (s_.plan_.split ? s_.max_ : mine.max).get() + at, part.sum = (s_.plan_.split ? s_.sum_ : mine.sum).get() + at;
+            part.out = (s_.plan_.split ? s_.partial_ : mine.partial).get() + at * dims;
+            k_.attend(part);
+        }
+        if (s_.plan_.split) return;
+        for (int i = 0; i < count; i++) {
+            const int t = u.token0 + i / u.heads;
+            join(mine, layer, t, i * chunks, mine.max, mine.sum, mine.partial, s_.attended_.get() + (t * m_.heads + u.head0 + i % u.heads) * dims);
+        }
+    }
+
+    void join(Local& mine, const Layer& layer, int t, int64_t row, const Buffer<float>& max, const Buffer<float>& sum, const Buffer<float>& out, float* y) {
+        const int dims = static_cast<int>(m_.head_dim), begin = chunk_begin(b_.position[t], layer.window), end = chunk_end(b_.position[t]);
+        const int64_t at = row + begin;
+        k_.combine(max.get() + at, sum.get() + at, out.get() + at * dims, end - begin, dims, mine.weight.get(), y);
+    }
+
+    // The attended row of one token whose chunks lie in the step's memory.
+    const float* joined(Local& mine, const Layer& layer, int t) {
+        for (int h = 0; h < m_.heads; h++)
+            join(mine, layer, t, (t * m_.heads + h) * s_.plan_.chunks, s_.max_, s_.sum_, s_.partial_, mine.row.get() + h * m_.head_dim);
+        return mine.row.get();
+    }
+
+    // x += inputs times m.
+    void residual(Team& team, int index, const Matrix& m, const Inputs& in, Phase phase) {
+        float* product = mine(index).scratch.get();
+        const int64_t units = unit_count(m, tokens_), size = unit_rows(tokens_);
+        for (int64_t u = team.begin(units, index); u < team.begin(units, index + 1); u++) {
+            multiply(k_, m, in.view(), u, u + 1, product, size, mine(index).panel.get());
+            const int64_t row0 = u * size, count = std::min(size, m.rows - row0);
+            for (int t = 0; t < tokens_; t++)
+                for (int64_t r = 0; r < count; r++) s_.x_.get()[t * m_.hidden + row0 + r] += product[t * size + r];
+        }
+        mark(index, phase);
+        wait(team, index);
+    }
+
+    void mlp(Team& team, int index, const Layer& layer) {
+        const int64_t units = unit_count(layer.gate, tokens_), size = unit_rows(tokens_);
+        const Activations& in = inputs(index).hidden.view();
+        float *gate = mine(index).scratch.get(), *up = gate + tokens_ * size;
+        for (int64_t u = team.begin(units, index); u < team.begin(units, index + 1); u++) {
+            const int64_t row0 = u * size, count = std::min(size, m_.intermediate - row0);
+            multiply(k_, layer.gate, in, u, u + 1, gate, size, mine(index).panel.get());
+            multiply(k_, layer.up, in, u, u + 1, up, size, mine(index).panel.get());
+            k_.silu_mul(gate, up, static_cast<int>(tokens_ * size), gate);
+            for (int t = 0; t < tokens_; t++) std::copy(gate + t * size, gate + t * size + count, s_.h_.get() + t * m_.intermediate + row0);
+        }
+        mark(index, Phase::kMlp);
+        wait(team, index);
+        rows(team, index, tokens_, Phase::kNorm, [&](int t) { inputs(index).down.fill(k_, s_.h_.get() + t * m_.intermediate, t); });
+    }
+
+    void head(Team& team, int index) {
+        const int count = static_cast<int>(b_.logit_rows);
+        Inputs& in = s_.local_[count == 1 ? static_cast<size_t>(index) : 0].head;
+        float* y = mine(index).row.get();
+        rows(team, index, count, Phase::kNorm, [&](int r) {
+            k_.rms_norm(s_.x_.get() + b_.logit_row[r] * m_.hidden, m_.final_norm, m_.epsilon, static_cast<int>(m_.hidden), y);
+            in.fill(k_, y, r);
+        });
+        const int64_t units = unit_count(m_.head, count), unit0 = team.begin(units, index);
+        multiply(k_, m_.head, in.view(), unit0, team.begin(units, index + 1), b_.logits + unit0 * unit_rows(count), m_.vocab, mine(index).panel.get());
+        mark(index, Phase::kHead);
+        wait(team, index);
+    }
+
+    Local& mine(int index) { return s_.local_[static_cast<size_t>(index)]; }
+
+    Step& s_;
+    const Model& m_;
+    const Batch& b_;
+    const Kernels& k_;
+    const int tokens_;
+    const bool single_;
+    const int64_t columns_;
+    const CacheShape cache_;
+    std::atomic<int64_t> next_unit_{0};
+    double clock_ = 0;
+};
+
+void Step::reserve(const Batch& b, int threads) {
+    const auto size = [](int64_t n) { return static_cast<size_t>(n); };
+    const int64_t attended = m_.heads * m_.head_dim, widest = std::max({m_.hidden, m_.intermediate, attended}), chunks = plan_.chunks;
+    x_.reserve(size(b.tokens * m_.hidden)), h_.reserve(size(b.tokens * m_.intermediate));
+    qkv_.reserve(size(b.tokens * (m_.heads + 2 * m_.kv_heads) * m_.head_dim));
+    if (!plan_.split) attended_.reserve(size(b.tokens * attended));
+    const int64_t parts = plan_.split ? b.tokens * m_.heads * chunks : 0;
+    max_.reserve(size(parts)), sum_.reserve(size(parts)), partial_.reserve(size(parts * m_.head_dim));
+    unsigned hidden = 0, out = 0, down = 0;
+    for (int64_t l = 0; l < m_.layers; l++) {
+        const Layer& a = m_.layer[l];
+        for (const Matrix* m : {&a.q, &a.k, &a.v, &a.gate, &a.up}) hidden |= bit(m->kind);
+        out |= bit(a.o.kind), down |= bit(a.down.kind);
+    }
+    if (local_.size() < size(threads)) local_ = std::vector<Local>(size(threads));
+    for (Local& mine : local_) {
+        const bool reads = &mine == &local_[0] || b.tokens == 1;
+        if (reads) mine.hidden.prepare(hidden, static_cast<int>(b.tokens), m_.hidden, nullptr);
+        if (reads) mine.out.prepare(out, static_cast<int>(b.tokens), attended, nullptr);
+        if (reads) mine.down.prepare(down, static_cast<int>(b.tokens), m_.intermediate, nullptr);
+        if (&mine == &local_[0] || b.logit_rows == 1) mine.head.prepare(bit(m_.head.kind), static_cast<int>(b.logit_rows), m_.hidden, nullptr);
+        mine.row.reserve(size(widest));
+        mine.scratch.reserve(size(std::max(2 * kPanel * b.tokens, kQueries * m_.head_dim)));
+        mine.query.reserve(size(kQueries * m_.head_dim));
+        mine.panel.reserve(size(panel_bytes(widest)));
+        mine.weight.reserve(size(chunks + 16));
+        if (plan_.split) continue;
+        mine.max.reserve(size(kQueries * chunks)), mine.sum.reserve(size(kQueries * chunks)), mine.partial.reserve(size(kQueries * chunks * m_.head_dim));
+    }
+}
+
+StepError Step::forward(const Batch& batch, int threads) {
+    const StepError error = check(m_, batch);
+    if (error != StepError::kNone) return error;
+    plan_.make(m_, batch, threads);
+    reserve(batch, threads);
+    Run run(*this, batch, kernels());
+    run_on_threads(threads, Run::work, &run);
+    return StepError::kNone;
+}
+
+size_t Step::Local::bytes() const {
+    return hidden.bytes() + out.bytes() + down.bytes() + head.bytes() + row.bytes() + scratch.bytes() + query.bytes() + panel.bytes() + max.bytes() +
+           sum.bytes() + partial.bytes() + weight.bytes();
+}
+
+size_t Step::workspace_bytes() const {
+    size_t total = x_.bytes() + qkv_.bytes() + attended_.bytes() + h_.bytes() + max_.bytes() + sum_.bytes() + partial_.bytes();
+    for (const Local& mine : local_) total += mine.bytes();
+    return total;
+}
+
+}  // namespace precis

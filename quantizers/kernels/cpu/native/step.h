@@ -1,0 +1,107 @@
+// One engine step of a Llama-like decoder: a ragged batch of tokens over the paged cache, from token ids to logits.
+//
+// Model and Batch are mirrored by `step.py`, which fills them from the model's own tensors and checks what the model is.
+#pragma once
+
+#include <vector>
+
+#include "cache.h"
+#include "tokens.h"
+
+namespace precis {
+
+struct Layer {
+    Matrix q, k, v, o, gate, up, down;
+    const float* input_norm;  // [hidden]
+    const float* post_norm;   // [hidden]
+    const float* q_norm;      // [head_dim] or null
+    const float* k_norm;
+    int64_t window;  // a token attends to that many last positions, its own included; 0: to all
+};
+
+struct Model {
+    int64_t layers, hidden, heads, kv_heads, head_dim, intermediate, vocab;
+    int32_t embedding_fp32;  // 0: bf16
+    int32_t cache_fp32;
+    float epsilon;
+    float scaling;            // of the scores
+    const void* embedding;    // [vocab][hidden]
+    const float* final_norm;  // [hidden]
+    Matrix head;
+    const Layer* layer;  // [layers]
+};
+
+struct Batch {
+    int64_t tokens, sequences, table_width, logit_rows, blocks, positions;
+    const int32_t* id;           // [tokens]
+    const int32_t* position;     // [tokens], rising by one within a sequence
+    const int32_t* query_start;  // [sequences + 1]
+    const int32_t* table;        // [sequences][table_width]: cache block of positions 16i..16i+15
+    const int32_t* logit_row;    // [logit_rows]: tokens whose logits are wanted
+    const float* cos;            // [positions][head_dim / 2]
+    const float* sin;
+    uint8_t* cache;
+    float* logits;  // [logit_rows][vocab]
+};
+
+enum class Phase { kNorm, kQkv, kCache, kAttention, kOut, kMlp, kDown, kHead, kWait, kCount };
+
+enum class StepError { kNone = 0, kNoMemory = 1, kToken = 2, kPosition = 3, kStart = 4, kBlock = 5, kLogitRow = 6 };
+
+// What a batch asks for that cannot be done; nothing has been written then.
+StepError check(const Model& m, const Batch& b);
+
+// Attention of a few tokens of one sequence, for the query heads from head0 on that share a key/value head, over some chunks.
+struct AttentionUnit {
+    int token0, tokens, sequence, head0, heads, kv_head;
+    int chunk0, chunks;  // of the context, in this unit
+};
+
+// How a batch's attention is dealt out. The chunks are the same whatever is chosen here, and so are the results.
+struct AttentionPlan {
+    std::vector<AttentionUnit> units;
+    std::vector<int> sequence_of;  // [tokens]
+    bool split = false;         // units are parts of rows: their chunks are joined after all are done
+    bool writes_cache = false;  // units write their own keys and values: no token of the batch reads another's
+    int chunks = 0;             // the most that any token has
+
+    void make(const Model& m, const Batch& b, int threads);
+};
+
+// First and last chunk (exclusive) of the context that a token at `position` attends to.
+inline int first_position(int position, int64_t window) { return window > 0 && position >= window ? static_cast<int>(position - window + 1) : 0; }
+inline int chunk_begin(int position, int64_t window) { return first_position(position, window) / kChunk; }
+inline int chunk_end(int position) { return position / kChunk + 1; }
+
+class Step {
+public:
+    explicit Step(const Model& model) : m_(model) {}
+
+    // Throws std::bad_alloc.
+    StepError forward(const Batch& batch, int threads);
+    size_t workspace_bytes() const;
+    double seconds[static_cast<int>(Phase::kCount)] = {};  // spent by the calling thread since the step was made
+
+private:
+    friend class Run;
+
+    // What a thread has of its own. With one token the inputs too: every thread quantizes it, which is quicker than waiting for one.
+    struct Local {
+        Inputs hidden, out, down, head;
+        Buffer<float> row;      // the widest row
+        Buffer<float> scratch;  // two panels of products, or the query of an attention unit
+        Buffer<uint16_t> query;
+        Buffer<uint8_t> panel;
+        Buffer<float> max, sum, partial, weight;  // chunks of the unit that is worked on
+        size_t bytes() const;
+    };
+
+    void reserve(const Batch& b, int threads);
+
+    const Model m_;
+    AttentionPlan plan_;
+    std::vector<Local> local_;
+    Buffer<float> x_, qkv_, attended_, h_, max_, sum_, partial_;
+};
+
+}  // namespace precis
