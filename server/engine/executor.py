@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -96,6 +97,14 @@ class Executor(Protocol):
     @property
     def bytes_per_block(self) -> int:
         """Bytes of keys and values of one block, over all layers."""
+        ...
+
+    @property
+    def cache_dtype(self) -> torch.dtype: ...
+
+    @property
+    def held_bytes(self) -> int:
+        """What it holds beside the model, the cache and what a step needs in passing."""
         ...
 
     def allocate(self, num_blocks: int) -> None:

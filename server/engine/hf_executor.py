@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from quantizers.blocks import decoder_blocks
 from quantizers.errors import InvalidInput
 from quantizers.skeleton import BUILDING
 from server.engine import paged_attention
@@ -25,12 +24,13 @@ class HfExecutor:
 
     name = "transformers"
     block_size = BLOCK_SIZE
+    held_bytes = 0
 
     def __init__(self, model: PreTrainedModel, config: PretrainedConfig) -> None:
         """Raises InvalidInput where the architecture keeps a state that is not plain keys and values."""
         self._model = model
         weight = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
-        self._device, self._dtype = weight.device, weight.dtype
+        self._device, self.cache_dtype = weight.device, weight.dtype
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._alone = _rope_type(config) in _LENGTH_DEPENDENT_ROPE
         model.set_attn_implementation(paged_attention.NAME)
@@ -39,8 +39,8 @@ class HfExecutor:
 
     @property
     def bytes_per_block(self) -> int:
-        per_token = sum(shape.kv_heads * (shape.key_dim + shape.value_dim) for shape in self._shapes.values())
-        return per_token * self._dtype.itemsize * self.block_size
+        per_token: int = sum(shape.kv_heads * (shape.key_dim + shape.value_dim) for shape in self._shapes.values())
+        return int(per_token * self.cache_dtype.itemsize * self.block_size)
 
     def allocate(self, num_blocks: int) -> None:
         self._layers = {}  # first, or both caches would be held for a moment
@@ -49,9 +49,8 @@ class HfExecutor:
         self._layers = {layer: LayerCache(*self._empty(num_blocks, shape)) for layer, shape in self._shapes.items()}
 
     def _empty(self, num_blocks: int, shape: LayerShape) -> tuple[Tensor, Tensor]:
-        # Zeros, not what the memory held: a masked position still takes part in a product, and 0 times NaN is NaN.
         leading = (num_blocks, self.block_size, shape.kv_heads)
-        options: dict[str, Any] = {"dtype": self._dtype, "device": self._device}
+        options: dict[str, Any] = {"dtype": self.cache_dtype, "device": self._device}
         return torch.zeros(*leading, shape.key_dim, **options), torch.zeros(*leading, shape.value_dim, **options)
 
     def copy_block(self, src: int, dst: int) -> None:
@@ -92,8 +91,8 @@ class HfExecutor:
 
 def _check_layers(model: nn.Module, config: PretrainedConfig, shapes: dict[int, LayerShape]) -> None:
     """Raises InvalidInput unless every decoder block attends once, over all of its past or a sliding window of it."""
-    text = config.get_text_config(decoder=True)
-    blocks = len(decoder_blocks(model))
+    text: Any = config.get_text_config(decoder=True)
+    blocks = int(text.num_hidden_layers)
     if sorted(shapes) != list(range(blocks)):
         raise InvalidInput(
             f"{type(model).__name__} has {blocks} decoder blocks, of which {len(shapes)} use transformers' attention "

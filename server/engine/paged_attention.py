@@ -75,6 +75,7 @@ class PagedStep:
         owner = torch.repeat_interleave(torch.arange(batch.sequences), lengths)
         slots = tables[owner, positions // block_size] * block_size + positions % block_size
         self.slots = slots.to(device)  # [T]
+        self.fresh = self.slots[self.slots % block_size == 0] // block_size  # blocks of which the first position is written
         self.prefills: list[_Prefill] = []
         single: list[tuple[int, int, int]] = []  # context, token, sequence
         for index, (first, last) in enumerate(itertools.pairwise(starts)):
@@ -172,15 +173,17 @@ def paged_attention(
             "serve; convert the checkpoint to an architecture with plain causal attention",
             param="model",
         )
-    layer = module.layer_idx
+    layer: Any = module.layer_idx
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     step = _current.get()
     if isinstance(step, Probe):
         step.shapes[layer] = LayerShape(key.shape[1], key.shape[-1], value.shape[-1], sliding_window)
         return _attend(query, key, value, None, scale, softcap).transpose(1, 2), None
     cache = step.layers[layer]
-    cache.keys.flatten(0, 1).index_copy_(0, step.slots, key[0].transpose(0, 1))
-    cache.values.flatten(0, 1).index_copy_(0, step.slots, value[0].transpose(0, 1))
+    for blocks, new in ((cache.keys, key), (cache.values, value)):
+        # What is masked still takes part in products, and a block may have held another sequence's NaN.
+        blocks.index_fill_(0, step.fresh, 0)
+        blocks.flatten(0, 1).index_copy_(0, step.slots, new[0].transpose(0, 1))
     output = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])  # [T, heads, value_dim]
     for part in step.prefills:
         _prefill(part, cache, query, output, scale, sliding_window, softcap)
