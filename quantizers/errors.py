@@ -73,7 +73,15 @@ class OutOfMemory(PrecisError):
 
 
 class Overloaded(PrecisError):
+    """`retry_after_seconds`: when another try is likely to be taken, where that can be told."""
+
     code = "overloaded"
+
+    def __init__(
+        self, message: str, *, param: str | None = None, code: str | None = None, retry_after_seconds: float | None = None
+    ) -> None:
+        super().__init__(message, param=param, code=code)
+        self.retry_after_seconds = retry_after_seconds
 
 
 class EngineUnavailable(PrecisError):

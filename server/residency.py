@@ -5,7 +5,7 @@ A claim has bytes of its own by kind, and shared items: named tensors or groups 
 and that are stored once. The sum of all own bytes and of each distinct shared item never exceeds the budget.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from quantizers.errors import OutOfMemory
@@ -60,6 +60,21 @@ class Ledger:
     def pinned(self, key: VariantKey) -> bool:
         return self._entries[key].pins > 0
 
+    def idle(self) -> tuple[VariantKey, ...]:
+        """Entries that nobody uses, least recently used first."""
+        return tuple(sorted((key for key, entry in self._entries.items() if not entry.pins), key=lambda key: self._entries[key].used_at))
+
+    def room(self, key: VariantKey, kind: MemoryKind) -> int:
+        """Bytes of `kind` that `key` may hold without anything of the others' having to go."""
+        return self.budget - self.reserved + self._entries[key].own.get(kind, 0)
+
+    def give_back(self, key: VariantKey, kinds: Collection[MemoryKind]) -> int:
+        """`key` holds nothing of `kinds` any more; returns the bytes that it held. Not a use: its place in the order stays."""
+        own = self._entries[key].own
+        freed = sum(own.get(kind, 0) for kind in kinds)
+        self._entries[key].own = {kind: size for kind, size in own.items() if kind not in kinds}
+        return freed
+
     def victims(self, key: VariantKey, claim: Claim) -> tuple[VariantKey, ...] | None:
         """Idle entries to release, least recently used first, so that `key` may hold `claim` instead of what it holds now.
 
@@ -69,8 +84,7 @@ class Ledger:
         if claim.bytes > self.budget:
             raise self._too_large(key, claim)
         remaining, gone = dict(others), []
-        idle = sorted((other for other, entry in others.items() if not entry.pins), key=lambda other: others[other].used_at)
-        for other in idle:
+        for other in [other for other in self.idle() if other != key]:
             if self._fits(remaining, claim):
                 break
             del remaining[other]

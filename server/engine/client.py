@@ -51,7 +51,7 @@ class EngineClient:
         self._loads: dict[VariantSpec, asyncio.Task[ResidentInfo]] = {}
         self._specs: dict[VariantKey, VariantSpec] = {}
         self._stats: StepStats | None = None
-        self._counted: dict[str, dict[str, int]] = {"nonfinite_logits": {}, "evictions": {}}  # by workers that are gone
+        self._counted: dict[str, dict[str, int]] = {"nonfinite_logits": {}, "evictions": {}, "preemptions": {}}  # by workers that are gone
         self._restarts = 0
         self._stopping = False
         self._why = "it was not started"

@@ -53,6 +53,9 @@ class Request(_Message):
     variant: VariantKey
     prompt_token_ids: tuple[int, ...]
     sampling: Sampling
+    cache_salt: str = ""  # requests with one salt share cached prefixes; give each API key its own, so that none can time another's
+    priority: int = 0  # higher goes first; equal ones by deadline, then by arrival
+    deadline_seconds: float | None = Field(default=None, gt=0)  # from arrival; a request that has not begun by then fails
 
 
 class TokenLogprob(_Message):
@@ -95,6 +98,7 @@ class Failed(_Message):
     message: str
     param: str | None = None
     code: str | None = None
+    retry_after_seconds: float | None = None  # of Overloaded
 
 
 Event = Annotated[Started | Token | Finished | Failed, Field(discriminator="event")]
@@ -146,6 +150,7 @@ class StepStats(_Message):
     memory: MemoryInfo
     nonfinite_logits: dict[str, int] = {}  # requests failed for NaN or infinite logits, since the engine started; restarts included
     evictions: dict[str, int] = {}  # variants that made room for others, counted likewise
+    preemptions: dict[str, int] = {}  # sequences pushed out of the cache to be computed again, counted likewise
 
 
 class Engine(Protocol):

@@ -4,15 +4,18 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from model_store.formats.safetensors import SafetensorsSource
 from quantizers.errors import CorruptData, NotFound
-from quantizers.model import LoadedModel, load_model, predict_bytes
+from quantizers.model import UNQUANTIZED_KERNEL, LoadedModel, load_model, predict_bytes
 from quantizers.recipe import Recipe, parse_recipe
 from quantizers.shared import SharedTensors
+from quantizers.skeleton import DTYPES
+from server.engine.executor import Executor
 from server.engine.interface import VariantSpec
-from server.engine.runner import Runner
+from server.engine.native_executor import NativeExecutor
+from server.engine.runner import Runner, choose_executor
 from server.residency import Claim
 
 
@@ -23,11 +26,12 @@ class Variant:
         self._loaded = loaded
         self.runner = runner
         self.claim = claim
-        self.kernels = loaded.kernels
+        self.kernels = _kernels(loaded.kernels, runner.executor)
         self.bytes_by_dtype = loaded.bytes_by_dtype
 
     def close(self) -> None:
         """Give the memory back; a second call does nothing."""
+        self.runner.close_cache()
         self._loaded.close()
 
 
@@ -54,11 +58,29 @@ class FolderLoader:
             config, recipe, checkpoint, artifact, device=str(self._device), shared=self._shared, checkpoint_key=spec.checkpoint_dir
         )
         try:
-            runner = Runner(loaded.model, config, eos_ids=eos_ids, max_model_len=max_model_len)
+            runner = Runner(
+                self.executor(loaded.model, config),
+                config,
+                dtype=DTYPES[recipe.dtype],
+                device=self._device,
+                eos_ids=eos_ids,
+                max_model_len=max_model_len,
+            )
             return Variant(loaded, runner, _claim(spec, recipe, loaded.bytes))
         except BaseException:
             loaded.close()
             raise
+
+    def executor(self, model: PreTrainedModel, config: PretrainedConfig) -> Executor:
+        """What runs `model`."""
+        return choose_executor(model, config)
+
+
+def _kernels(layers: dict[str, int], executor: Executor) -> dict[str, int]:
+    """Kernel -> layers, with what runs them all in one call in front."""
+    if not isinstance(executor, NativeExecutor):
+        return layers
+    return {f"{executor.name}/{'dense' if name == UNQUANTIZED_KERNEL else name}": count for name, count in layers.items()}
 
 
 def _open(spec: VariantSpec) -> tuple[PretrainedConfig, Recipe, SafetensorsSource]:

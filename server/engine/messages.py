@@ -15,7 +15,7 @@ import msgpack
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from quantizers import errors
-from quantizers.errors import PrecisError, QuantizationFailed
+from quantizers.errors import Overloaded, PrecisError, QuantizationFailed
 from server.engine.interface import Event, Failed, Request, ResidentInfo, StepStats, VariantKey, VariantSpec
 
 MAX_FRAME_BYTES = 64 << 20  # top-20 log-probabilities of a 128k prompt take about 40 MiB, and nothing larger is ever sent
@@ -168,7 +168,8 @@ def _receive(connection: socket.socket, count: int) -> bytes | None:
 def to_failed(error: PrecisError) -> Failed:
     """`error` as an event; a subclass that the error tree does not name goes by its nearest ancestor there."""
     kind = next(cls.__name__ for cls in type(error).__mro__ if cls.__module__ == errors.__name__)
-    return Failed(kind=kind, message=error.message, param=error.param, code=error.code)
+    retry_after = error.retry_after_seconds if isinstance(error, Overloaded) else None
+    return Failed(kind=kind, message=error.message, param=error.param, code=error.code, retry_after_seconds=retry_after)
 
 
 def to_error(failed: Failed) -> PrecisError:
@@ -178,5 +179,7 @@ def to_error(failed: Failed) -> PrecisError:
         raise FrameError(f"{failed.kind!r} is not an error of quantizers.errors")
     if kind is QuantizationFailed:  # its `layer` is already in the message
         return QuantizationFailed(failed.message)
+    if kind is Overloaded:
+        return Overloaded(failed.message, param=failed.param, code=failed.code, retry_after_seconds=failed.retry_after_seconds)
     error: PrecisError = kind(failed.message, param=failed.param, code=failed.code)
     return error

@@ -1,6 +1,6 @@
 """Which variants are loaded: predict, reserve, evict, load, measure. Every change of the ledger's numbers happens here, under one lock.
 
-`load` and `unload` block, and are called by one thread only (the scheduler's loader); the other methods are quick and may be called by
+`load` and `unload` block, and are called by one thread only (the loop's loader); the other methods are quick and may be called by
 any. `changed` is the lock of all state here, and what is notified when memory or a pin is given back.
 """
 
@@ -21,6 +21,7 @@ from server.residency import Claim, Ledger
 
 logger = logging.getLogger(__name__)
 
+_CACHE_KINDS: tuple[MemoryKind, ...] = ("kv_cache", "workspace")
 _MEASURE_SECONDS = 1.0  # the kernel walks every page table entry of the process to answer: not after each request
 
 
@@ -83,7 +84,7 @@ class Residents:
 
         Waits for running sequences where only they are in the way. Raises OutOfMemory and what the loader raises.
         """
-        with self.changed:  # at once: a sequence that grows may evict what is not pinned
+        with self.changed:  # at once: a cache that is made may evict what is not pinned
             resident = self.runner(spec) is not None
             if resident:
                 self.pin(spec.key)
@@ -102,7 +103,7 @@ class Residents:
             if spec.key in self._residents:
                 self.unload(spec.key)  # the same name for other files, such as an artifact that was made anew
         with self.changed:
-            gone = self._wait(lambda: self._ledger.victims(spec.key, predicted))
+            gone = self._wait(lambda: self._victims(spec.key, predicted))
             evicted = [self._evict(key, spec.key) for key in gone]
             self._ledger.reserve(spec.key, predicted)
             self._ledger.pin(spec.key)
@@ -136,15 +137,47 @@ class Residents:
             variant = self._drop(key)
         self._close([variant])
 
-    def hold(self, key: VariantKey, kind: MemoryKind, count: int) -> None:
-        """`key`, pinned, holds `count` bytes of `kind` from now on; idle variants go where that is needed. Raises OutOfMemory."""
+    def open_cache(self, key: VariantKey, tokens: int) -> None:
+        """Make the cache of `key`, which is pinned and has none open, as large as is sensible, and for at least `tokens` tokens.
+
+        Caches of idle variants go first for that, idle variants next. Raises OutOfMemory where those in use leave too little.
+        """
         with self.changed:
-            claim = self._ledger.claim_of(key)
-        self._settle(key, Claim({**claim.own, kind: count}, claim.shared))
+            runner = self._residents[key].variant.runner
+            held = self._ledger.claim_of(key)
+            idle = sum(self._ledger.claim_of(other).own.get(kind, 0) for other in self._ledger.idle() for kind in _CACHE_KINDS)
+            room = self._ledger.room(key, "kv_cache") + idle - runner.workspace_bytes
+            blocks = runner.cache_blocks(room, tokens)
+            own = {**held.own, "kv_cache": runner.kv_bytes(blocks), "workspace": runner.workspace_bytes}
+            self._settle(key, Claim(own, held.shared))
+            try:
+                runner.open_cache(blocks)
+            except BaseException:
+                self._close_cache(key)
+                raise
+
+    def close_cache(self, key: VariantKey) -> None:
+        """Give the cache of `key` back, which no sequence uses."""
+        with self.changed:
+            self._close_cache(key)
+            self.changed.notify_all()
+
+    def _close_cache(self, key: VariantKey) -> int:
+        self._residents[key].variant.runner.close_cache()
+        return self._ledger.give_back(key, _CACHE_KINDS)
+
+    def _victims(self, key: VariantKey, claim: Claim) -> tuple[VariantKey, ...] | None:
+        """As the ledger's, after idle variants have given their caches back where that makes a difference."""
+        for other in self._ledger.idle():
+            if self._ledger.victims(key, claim) == ():
+                break
+            if other != key and other in self._residents and (freed := self._close_cache(other)):
+                logger.info("closed the cache of %s, %d bytes, to make room for %s", other, freed, key)
+        return self._ledger.victims(key, claim)
 
     def _settle(self, key: VariantKey, claim: Claim) -> None:
         with self.changed:
-            gone = self._ledger.victims(key, claim)
+            gone = self._victims(key, claim)
             evicted = [self._evict(victim, key) for victim in gone or ()]
             self._ledger.reserve(key, claim)  # raises where pinned variants leave no room: what runs now cannot wait for them
             self.changed.notify_all()
@@ -185,7 +218,7 @@ class Residents:
 
     def _describe(self, resident: _Resident) -> ResidentInfo:
         variant, claim = resident.variant, self._ledger.claim_of(resident.spec.key)
-        dtype = str(variant.runner.kv_dtype).removeprefix("torch.")
+        dtype, kv_dtype = (str(name).removeprefix("torch.") for name in (variant.runner.dtype, variant.runner.kv_dtype))
         kinds: dict[MemoryKind, int] = {"weights": 0, "shared_weights": sum(claim.shared.values()), "kv_cache": 0, "workspace": 0}
         return ResidentInfo(
             key=resident.spec.key,
@@ -193,7 +226,7 @@ class Residents:
             max_model_len=variant.runner.max_model_len,
             vocab_size=variant.runner.vocab_size,
             dtype=dtype,
-            kv_dtype=dtype,
+            kv_dtype=kv_dtype,
             kernels=variant.kernels,
             predicted_bytes=resident.predicted_bytes,
             bytes={**kinds, **claim.own},

@@ -1,41 +1,36 @@
-"""Runs one loaded model: prefill in chunks, then one token a step, as a stream of events.
+"""One loaded variant and what it runs with: its executor, its cache, what it can be asked, how much memory that takes.
 
-The model is transformers' own module with a cache of its own making; this file decides only what is fed, which positions get
-logits, when to stop, and how much memory a sequence holds. Queues and loading are left to `scheduler` and `residents`.
+What is computed when is left to `scheduler`, and who may hold memory to `residents`.
 """
 
-import inspect
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection
+from typing import Any
 
 import torch
-from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
 
-from quantizers.errors import InvalidInput
-from quantizers.skeleton import BUILDING
-from server.engine.interface import Finished, FinishReason, MemoryKind, Request, Started, Token, TokenLogprob
-from server.engine.sampler import Sampler, check_finite, token_logprobs
+from quantizers.errors import InvalidInput, OutOfMemory
+from server.engine.blocks import BlockPool
+from server.engine.executor import Executor
+from server.engine.hf_executor import HfExecutor
+from server.engine.interface import Request
+from server.engine.native_executor import NativeExecutor
+from server.engine.sampler import Sampler
+from server.engine.scheduler import Limits, Scheduler
 
-if TYPE_CHECKING:
-    from transformers import DynamicCache, PreTrainedConfig
-
-PREFILL_CHUNK = 512  # tokens; large enough for full matrix throughput, and a cancelled prompt stops within one
 _LOGIT_ELEMENTS = 1 << 24  # positions x vocabulary that are materialised at once for prompt log-probabilities: 64 MiB in fp32
-_KV_BLOCK = 256  # tokens that are reserved ahead, so that the ledger is asked once in as many steps
-
-Hold = Callable[[MemoryKind, int], None]
+_CACHE_TOKENS = 1 << 16  # that a cache is made for where there is room: 32 sequences of 2,048, or the longest one if that is more
 
 
-def kv_bytes_per_token(config: "PreTrainedConfig", dtype: torch.dtype) -> int:
-    """Bytes of keys and values that one token adds over all layers, from the config alone."""
-    text: Any = config.get_text_config(decoder=True)
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return int(2 * text.num_hidden_layers * heads * head_dim * dtype.itemsize)
+def choose_executor(model: PreTrainedModel, config: PretrainedConfig) -> Executor:
+    """The native step where it can run the model, else transformers' own modeling code. Raises InvalidInput where neither can."""
+    if NativeExecutor.why_not(model) is None:
+        return NativeExecutor(model)
+    return HfExecutor(model, config)
 
 
-def workspace_bytes(config: "PreTrainedConfig", dtype: torch.dtype, tokens: int, logit_rows: int) -> int:
+def workspace_bytes(config: PretrainedConfig, dtype: torch.dtype, tokens: int, logit_rows: int) -> int:
     """Estimate of a step's passing tensors: the widest moment of one block (its MLP), and the logits with two copies by the sampler."""
     text: Any = config.get_text_config(decoder=True)
     intermediate = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
@@ -43,22 +38,62 @@ def workspace_bytes(config: "PreTrainedConfig", dtype: torch.dtype, tokens: int,
 
 
 class Runner:
-    """Execution of one variant. Not thread-safe: one sequence runs at a time."""
+    """Execution of one variant, by one thread."""
 
-    def __init__(self, model: torch.nn.Module, config: "PreTrainedConfig", *, eos_ids: Collection[int], max_model_len: int) -> None:
+    def __init__(
+        self,
+        executor: Executor,
+        config: PretrainedConfig,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        eos_ids: Collection[int],
+        max_model_len: int,
+    ) -> None:
         text: Any = config.get_text_config(decoder=True)
+        self.executor = executor
         self.vocab_size = int(text.vocab_size)
         self.max_model_len = max_model_len
         self.eos_ids = frozenset(eos_ids)
-        self.cached_tokens = 0  # of the sequence that runs now
-        self._model = model
-        self._config = config
-        weight = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
-        self._device, self.kv_dtype = weight.device, weight.dtype
-        parameters = inspect.signature(model.forward).parameters
-        # transformers renamed the argument in 5.2x; both names are in use among the versions that we support.
-        self._cache_argument = "cache" if "cache" in parameters else "past_key_values"
-        self._keeps_logits = "logits_to_keep" in parameters
+        self.dtype = dtype
+        self.device = device
+        self.scheduler: Scheduler | None = None  # while a cache is open
+        self.limits = Limits(scored_tokens=max(1, min(Limits.step_tokens, _LOGIT_ELEMENTS // self.vocab_size)))
+        rows = max(self.limits.sequences, self.limits.scored_tokens)
+        self.workspace_bytes = workspace_bytes(config, dtype, self.limits.step_tokens, rows) + executor.held_bytes
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        return self.executor.cache_dtype
+
+    def kv_bytes(self, blocks: int) -> int:
+        return blocks * self.executor.bytes_per_block
+
+    def cache_blocks(self, room: int, tokens: int) -> int:
+        """Blocks of the cache to make in `room` bytes for a request of `tokens`, which is served in any case.
+
+        No more than the tokens of _CACHE_TOKENS or one sequence of the greatest length need, and than half of the room, so that other
+        variants find some too, except where the greatest length needs more.
+        """
+        longest = self._blocks(self.max_model_len)
+        available = max(0, room) // self.executor.bytes_per_block
+        sensible = min(max(longest, self._blocks(_CACHE_TOKENS)), max(longest, available // 2))
+        return max(self._blocks(tokens), min(sensible, available))
+
+    def open_cache(self, blocks: int) -> None:
+        """Make a cache of `blocks` blocks and an empty scheduler over it."""
+        self.executor.allocate(blocks)
+        self.scheduler = Scheduler(BlockPool(blocks), self.executor.block_size, self.limits)
+
+    def close_cache(self) -> None:
+        """Give the cache's memory back; without one, nothing happens."""
+        if self.scheduler is not None:
+            assert not self.scheduler.busy, "a cache that sequences use stays"
+            self.scheduler = None
+            self.executor.allocate(0)
+
+    def _blocks(self, tokens: int) -> int:
+        return -(-tokens // self.executor.block_size)
 
     def check(self, request: Request) -> None:
         """Raises InvalidInput, naming `param`, where the request cannot run on this model."""
@@ -92,127 +127,23 @@ class Runner:
             if not 0 <= token < self.vocab_size:
                 raise InvalidInput(f"token id {token} is outside the vocabulary: ids are 0 to {self.vocab_size - 1}", param=param)
 
-    def run(self, request: Request, *, cancelled: Callable[[], bool], hold: Hold) -> Iterator[Started | Token | Finished]:
-        """Events of a request that passed `check`. `cancelled` is asked before every step.
+    def check_fits(self, request: Request) -> None:
+        """Raises OutOfMemory where the open cache could never hold the request."""
+        assert self.scheduler is not None, "there is a cache to fit into"
+        tokens = len(request.prompt_token_ids) + request.sampling.max_tokens
+        if not self.scheduler.fits(tokens):
+            raise OutOfMemory(
+                f"{len(request.prompt_token_ids)} prompt tokens and max_tokens={request.sampling.max_tokens} need {self._blocks(tokens)} "
+                f"blocks of the KV cache, which has {self.scheduler.total_blocks}: shorten the prompt, ask for fewer tokens, unload a "
+                "variant, or raise PRECIS_MEMORY_BUDGET_BYTES"
+            )
 
-        hold(kind, bytes) is told, before they are allocated, how many bytes the sequence needs from now on; what it raises ends the
-        sequence. Raises NonFiniteLogits, and whatever the model's code raises.
-        """
-        try:
-            yield from _Sequence(self, request, cancelled, hold).events()
-        finally:
-            self.cached_tokens = 0
+    def end_ids(self, request: Request) -> frozenset[int]:
+        """Tokens that end this request's text."""
+        stops = frozenset(request.sampling.stop_token_ids)
+        return stops if request.sampling.ignore_eos else stops | self.eos_ids
 
-    def new_cache(self) -> "DynamicCache":
-        from transformers import DynamicCache
-
-        return DynamicCache(config=self._config)
-
-    def forward(self, token_ids: Sequence[int], cache: "DynamicCache", rows: int) -> Tensor:
-        """Logits [rows, vocab] fp32 of the last `rows` of `token_ids`, which continue what `cache` holds and are added to it."""
-        arguments: dict[str, Any] = {self._cache_argument: cache}
-        if self._keeps_logits:
-            arguments["logits_to_keep"] = rows
-        with BUILDING, torch.inference_mode():
-            ids = torch.tensor([token_ids], device=self._device)
-            logits: Tensor = self._model(input_ids=ids, use_cache=True, **arguments).logits[0, -rows:].float()
-        self.cached_tokens = int(cache.get_seq_length())
-        return logits
-
-    def chunk_size(self, request: Request) -> int:
-        """Prompt tokens of one step; fewer where each needs logits, so that these stay bounded whatever the vocabulary."""
-        if request.sampling.prompt_logprobs is None:
-            return PREFILL_CHUNK
-        return max(1, min(PREFILL_CHUNK, _LOGIT_ELEMENTS // self.vocab_size))
-
-    def kv_bytes(self, tokens: int) -> int:
-        return tokens * kv_bytes_per_token(self._config, self.kv_dtype)
-
-    def workspace_bytes(self, tokens: int, logit_rows: int) -> int:
-        return workspace_bytes(self._config, self.kv_dtype, tokens, logit_rows)
-
-    def sampler(self, request: Request, end_ids: Collection[int]) -> Sampler:
-        return Sampler(request.sampling, request.prompt_token_ids, vocab_size=self.vocab_size, end_ids=end_ids, device=self._device)
-
-
-class _Sequence:
-    """One request while it runs."""
-
-    def __init__(self, runner: Runner, request: Request, cancelled: Callable[[], bool], hold: Hold) -> None:
-        self._runner, self._request, self._cancelled, self._hold = runner, request, cancelled, hold
-        self._prompt, self._sampling = request.prompt_token_ids, request.sampling
-        self._end_ids = frozenset(self._sampling.stop_token_ids) | (frozenset() if self._sampling.ignore_eos else runner.eos_ids)
-        self._sampler = runner.sampler(request, self._end_ids)
-        self._cache = runner.new_cache()
-        self._tokens = 0  # in the cache
-        self._kv_held = 0
-
-    def events(self) -> Iterator[Started | Token | Finished]:
-        scored = self._sampling.prompt_logprobs is not None
-        if not scored:
-            yield Started(prompt_tokens=len(self._prompt))
-            if self._sampling.max_tokens == 0:
-                yield self._finished("length", 0)
-                return
-        chunk = min(self._runner.chunk_size(self._request), len(self._prompt))
-        self._hold("workspace", self._runner.workspace_bytes(chunk, chunk if scored else 1))
-        logprobs: list[TokenLogprob | None] = [None]
-        logits = None
-        for start in range(0, len(self._prompt), chunk):
-            if self._cancelled():
-                yield self._finished("cancelled", 0)
-                return
-            tokens = self._prompt[start : start + chunk]
-            logits = self._step(tokens, len(tokens) if scored else 1)
-            if scored:
-                logprobs += self._score(logits, start)
-        assert logits is not None, "the prompt was checked not to be empty"
-        if scored:
-            yield Started(prompt_tokens=len(self._prompt), prompt_logprobs=tuple(logprobs))
-        yield from self._decode(logits[-1])
-
-    def _decode(self, logits: Tensor) -> Iterator[Token | Finished]:
-        """Tokens after `logits` [vocab] until an end token, the length, or the caller's leave."""
-        token = None
-        for count in range(self._sampling.max_tokens):
-            if self._cancelled():
-                yield self._finished("cancelled", count)
-                return
-            if token is not None:
-                logits = self._step([token], 1)[-1]
-            token, logprob = self._sampler.next(logits)
-            if token in self._end_ids:
-                yield self._finished("stop", count)
-                return
-            yield Token(token_id=token, logprob=logprob)
-        yield self._finished("length", self._sampling.max_tokens)
-
-    def _step(self, token_ids: Sequence[int], rows: int) -> Tensor:
-        self._tokens += len(token_ids)
-        if self._runner.kv_bytes(self._tokens) > self._kv_held:
-            self._reserve(self._runner.kv_bytes(-(-self._tokens // _KV_BLOCK) * _KV_BLOCK))
-        logits = self._runner.forward(token_ids, self._cache, rows)
-        if len(token_ids) > 1:
-            # Where an architecture caches more than keys and values of every head, the first chunk shows it.
-            self._reserve(max(self._kv_held, cache_bytes(self._cache)))
-        return logits
-
-    def _reserve(self, kv_bytes: int) -> None:
-        if kv_bytes != self._kv_held:
-            self._hold("kv_cache", kv_bytes)
-            self._kv_held = kv_bytes
-
-    def _score(self, logits: Tensor, start: int) -> list[TokenLogprob]:
-        """Log-probabilities of the prompt tokens that follow the positions of `logits` [rows, vocab], of which `start` is the first."""
-        check_finite(logits)
-        following = self._prompt[start + 1 : start + 1 + logits.shape[0]]
-        return token_logprobs(logits[: len(following)], following, self._sampling.prompt_logprobs or 0) if following else []
-
-    def _finished(self, reason: FinishReason, completion_tokens: int) -> Finished:
-        return Finished(reason=reason, prompt_tokens=len(self._prompt), completion_tokens=completion_tokens)
-
-
-def cache_bytes(cache: "DynamicCache") -> int:
-    """Bytes of every tensor that `cache` holds."""
-    tensors = (value for layer in cache.layers for value in vars(layer).values() if isinstance(value, torch.Tensor))
-    return sum(tensor.nbytes for tensor in tensors)
+    def sampler(self, request: Request) -> Sampler:
+        return Sampler(
+            request.sampling, request.prompt_token_ids, vocab_size=self.vocab_size, end_ids=self.end_ids(request), device=self.device
+        )

@@ -1,11 +1,10 @@
-"""From logits to the next token of one sequence: penalties, filters, seeded choice, log-probabilities.
+"""From logits to the next tokens of a batch: penalties, filters, seeded choice, log-probabilities.
 
 The functions work along the last dimension and take any leading ones. Their order follows transformers' generation: repetition
 penalty, presence and frequency penalties, logit bias, the ban of end tokens, temperature, top-k, top-p, min-p. The random number
 of a token depends on (seed, its index in the output) alone, so that a seed gives the same text whatever else runs beside it.
 """
 
-import math
 import secrets
 from collections.abc import Collection, Sequence
 
@@ -20,6 +19,7 @@ _MINUS_INFINITY = float("-inf")
 _NUCLEUS_GUESS = 1024  # top-p nearly always needs fewer tokens; a partial sort of these is 10 times faster than of a 49k vocabulary
 _GREEDY_BELOW = 1e-5  # a logit gap of 0.001 is already e^100 here, and a division in fp32 nears overflow
 _UINT64 = (1 << 64) - 1
+Sampled = tuple[int, TokenLogprob | None]
 
 
 class NonFiniteLogits(PrecisError):
@@ -48,30 +48,40 @@ def apply_count_penalties(logits: Tensor, counts: Tensor, presence: float, frequ
     return logits - frequency * counts - presence * (counts > 0).to(logits.dtype)
 
 
-def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """All but the `k` largest become -inf; values equal to the k-th stay."""
-    kth = logits.topk(min(k, logits.shape[-1])).values[..., -1:]
+def keep_top_k(logits: Tensor, k: int | Tensor) -> Tensor:
+    """All but the `k` largest become -inf; values equal to the k-th stay. `k`: one number, or int64 [rows] for logits [rows, vocab]."""
+    vocab = logits.shape[-1]
+    if isinstance(k, int):
+        kth = logits.topk(min(k, vocab)).values[..., -1:]
+    else:
+        k = k.clamp(max=vocab)
+        kth = logits.topk(int(k.max())).values.gather(-1, k[:, None] - 1)
     return logits.masked_fill(logits < kth, _MINUS_INFINITY)
 
 
-def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Keep the smallest set of likeliest tokens whose mass reaches `p`, at least one (nucleus sampling, Holtzman et al. 2020, 3.1)."""
-    total = logits.logsumexp(-1, keepdim=True)
-    values, ids = logits.topk(min(_NUCLEUS_GUESS, logits.shape[-1]))
-    mass = (values - total).exp()
-    if values.shape[-1] < logits.shape[-1] and bool((mass.sum(-1) < p).any()):
-        values, ids = logits.sort(descending=True)
-        mass = (values - total).exp()
-    before = mass.cumsum(-1) - mass
+def keep_top_p(logits: Tensor, p: float | Tensor) -> Tensor:
+    """Keep the smallest set of likeliest tokens whose mass reaches `p`, at least one (nucleus sampling, Holtzman et al. 2020, 3.1).
+
+    `p`: one number, or fp32 [rows] for logits [rows, vocab].
+    """
+    share = p[:, None] if isinstance(p, Tensor) else p
+    probabilities = logits.softmax(-1)
+    mass, ids = probabilities.topk(min(_NUCLEUS_GUESS, logits.shape[-1]))
+    cumulative = mass.cumsum(-1)
+    if mass.shape[-1] < logits.shape[-1] and bool((cumulative[..., -1:] < share).any()):
+        mass, ids = probabilities.sort(descending=True)
+        cumulative = mass.cumsum(-1)
+    before = cumulative - mass
     before[..., 0] = 0.0
-    kept = values.masked_fill(before >= p, _MINUS_INFINITY)
+    kept = logits.gather(-1, ids).masked_fill(before >= share, _MINUS_INFINITY)
     return torch.full_like(logits, _MINUS_INFINITY).scatter(-1, ids, kept)
 
 
-def keep_min_p(logits: Tensor, min_p: float) -> Tensor:
-    """Drop tokens less likely than `min_p` times the most likely one."""
+def keep_min_p(logits: Tensor, min_p: float | Tensor) -> Tensor:
+    """Drop tokens less likely than `min_p` times the most likely one. `min_p`: one number, or fp32 [rows] for logits [rows, vocab]."""
+    share = min_p[:, None] if isinstance(min_p, Tensor) else min_p
     probabilities = logits.softmax(-1)
-    floor = min_p * probabilities.amax(-1, keepdim=True)
+    floor = share * probabilities.amax(-1, keepdim=True)
     return logits.masked_fill(probabilities < floor, _MINUS_INFINITY)
 
 
@@ -83,22 +93,24 @@ def uniform(seed: int, index: int) -> float:
     return float(np.random.Generator(bits).random())
 
 
-def choose(logits: Tensor, u: float) -> int:
-    """The token of `logits` [vocab] at which the cumulative distribution, in double precision by token id, passes `u` in [0, 1)."""
+def choose(logits: Tensor, u: Sequence[float]) -> list[int]:
+    """For each row of `logits` [rows, vocab], the token at which its distribution, summed in double precision by token id, passes `u`."""
     cumulative = logits.double().softmax(-1).cumsum(-1)
-    total = cumulative[-1:]
-    index = int(torch.searchsorted(cumulative, total * u, right=True))
-    # total * u may round up to total, past every token: then the last one that has any mass.
-    return min(index, int(torch.searchsorted(cumulative, total)))
+    total = cumulative[:, -1:].contiguous()
+    targets = total * torch.tensor(u, dtype=torch.float64, device=logits.device)[:, None]
+    found = torch.searchsorted(cumulative, targets, right=True)
+    # The target may round up to the total, past every token: then the last one that has any mass.
+    chosen: list[int] = torch.minimum(found, torch.searchsorted(cumulative, total))[:, 0].tolist()
+    return chosen
 
 
 def token_logprobs(logits: Tensor, token_ids: Sequence[int], top: int) -> list[TokenLogprob]:
     """Natural-log probabilities of `token_ids` [rows] under `logits` [rows, vocab] fp32, with the `top` likeliest of each row."""
-    total = logits.logsumexp(-1)
+    logprobs = logits.log_softmax(-1)
     rows = torch.arange(logits.shape[0], device=logits.device)
-    chosen = (logits[rows, torch.tensor(token_ids, device=logits.device)] - total).tolist()
-    values, ids = logits.topk(min(top, logits.shape[-1]))
-    tops = zip(ids.tolist(), (values - total[:, None]).tolist(), strict=True)
+    chosen = logprobs[rows, torch.tensor(token_ids, device=logits.device)].tolist()
+    values, ids = logprobs.topk(min(top, logits.shape[-1]))
+    tops = zip(ids.tolist(), values.tolist(), strict=True)
     return [
         TokenLogprob(token_id=token, logprob=logprob, top=tuple(zip(top_ids, top_values, strict=True)))
         for token, logprob, (top_ids, top_values) in zip(token_ids, chosen, tops, strict=True)
@@ -130,23 +142,35 @@ class Sampler:
         if sampling.min_tokens and end_ids:
             self._banned = torch.tensor(sorted(end_ids), device=device)
 
-    def next(self, logits: Tensor) -> tuple[int, TokenLogprob | None]:
+    def next(self, logits: Tensor) -> Sampled:
         """The next token id after `logits` [vocab], any floating dtype, and its log-probability where asked for.
 
         Raises NonFiniteLogits, and InvalidInput where the options leave no token to choose.
         """
-        logits = logits.float()
-        check_finite(logits)
-        token = self._choose(self._adjust(logits))
-        if self._seen is not None:
-            self._seen[token] = True
-        if self._counts is not None:
-            self._counts[token] += 1
-        self._index += 1
-        wanted = self._sampling.logprobs
-        return token, None if wanted is None else token_logprobs(logits[None], [token], wanted)[0]
+        (sampled,) = sample(logits[None], [self])
+        if isinstance(sampled, PrecisError):
+            raise sampled
+        return sampled
 
-    def _adjust(self, logits: Tensor) -> Tensor:
+    @property
+    def options(self) -> Sampling:
+        return self._sampling
+
+    @property
+    def greedy(self) -> bool:
+        return self._sampling.temperature < _GREEDY_BELOW
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether `adjust` changes anything now."""
+        return self._seen is not None or self._counts is not None or self._bias is not None or self._bans
+
+    @property
+    def _bans(self) -> bool:
+        return self._banned is not None and self._index < self._sampling.min_tokens
+
+    def adjust(self, logits: Tensor) -> Tensor:
+        """`logits` [vocab] fp32 with penalties, bias and bans."""
         options = self._sampling
         if self._seen is not None:
             logits = apply_repetition_penalty(logits, self._seen, options.repetition_penalty)
@@ -154,26 +178,84 @@ class Sampler:
             logits = apply_count_penalties(logits, self._counts, options.presence_penalty, options.frequency_penalty)
         if self._bias is not None:
             logits = logits + self._bias
-        if self._banned is not None and self._index < options.min_tokens:
+        if self._banned is not None and self._bans:
             logits = logits.index_fill(-1, self._banned, _MINUS_INFINITY)
         return logits
 
-    def _choose(self, logits: Tensor) -> int:
+    def draw(self) -> float:
+        """The random number in [0, 1) of the next token."""
+        return uniform(self._seed, self._index)
+
+    def accept(self, token: int) -> None:
+        """`token` is the next one."""
+        if self._seen is not None:
+            self._seen[token] = True
+        if self._counts is not None:
+            self._counts[token] += 1
+        self._index += 1
+
+    def nothing_left(self) -> InvalidInput:
         options = self._sampling
-        best = int(logits.argmax())
-        if not math.isfinite(float(logits[best])):
-            raise InvalidInput(
-                f"no token is left: min_tokens={options.min_tokens} with {len(options.stop_token_ids)} stop_token_ids bans all, or "
-                f" repetition_penalty={options.repetition_penalty} or logit_bias carries the logits out of range"
-            )
-        if options.temperature < _GREEDY_BELOW:
-            return best
+        return InvalidInput(
+            f"no token is left: min_tokens={options.min_tokens} with {len(options.stop_token_ids)} stop_token_ids bans all, or "
+            f" repetition_penalty={options.repetition_penalty} or logit_bias carries the logits out of range"
+        )
+
+
+def sample(logits: Tensor, samplers: Sequence[Sampler]) -> list[Sampled | PrecisError]:
+    """The next token of every sequence after its row of `logits` [rows, vocab], any floating dtype, and its log-probability on demand.
+
+    An error of a row is that row's result: NonFiniteLogits, or InvalidInput where its options leave no token to choose. A row's
+    token does not depend on the other rows.
+    """
+    logits = logits.float()
+    bad = _nonfinite_rows(logits)
+    adjusted = logits
+    if any(sampler.adjusts for sampler in samplers):
+        adjusted = torch.stack([sampler.adjust(row) if sampler.adjusts else row for sampler, row in zip(samplers, logits, strict=True)])
+    peaks, best = adjusted.max(-1)
+    tokens: list[int] = best.tolist()
+    empty = (~peaks.isfinite()).tolist()
+    drawn = [row for row, sampler in enumerate(samplers) if not (sampler.greedy or empty[row] or row in bad)]
+    if drawn:
         # Shifted first: a small temperature then sends the rest to -inf and leaves the best at 0, instead of overflowing both.
-        logits = (logits - logits[best]) / options.temperature
-        if options.top_k:
-            logits = keep_top_k(logits, options.top_k)
-        if options.top_p < 1:
-            logits = keep_top_p(logits, options.top_p)
-        if options.min_p:
-            logits = keep_min_p(logits, options.min_p)
-        return choose(logits, uniform(self._seed, self._index))
+        shifted = adjusted[drawn] - peaks[drawn, None]
+        for row, token in zip(drawn, _draw(shifted, [samplers[row] for row in drawn]), strict=True):
+            tokens[row] = token
+    results: list[Sampled | PrecisError] = []
+    for row, (sampler, token) in enumerate(zip(samplers, tokens, strict=True)):
+        if row in bad or empty[row]:
+            results.append(bad[row] if row in bad else sampler.nothing_left())
+            continue
+        sampler.accept(token)
+        wanted = sampler.options.logprobs
+        results.append((token, None if wanted is None else token_logprobs(logits[row : row + 1], [token], wanted)[0]))
+    return results
+
+
+def _nonfinite_rows(logits: Tensor) -> dict[int, NonFiniteLogits]:
+    low, high = logits.aminmax(dim=-1)  # either is NaN where any of a row is
+    bad: dict[int, NonFiniteLogits] = {}
+    for row in (~(low.isfinite() & high.isfinite())).nonzero()[:, 0].tolist():
+        try:
+            check_finite(logits[row])
+        except NonFiniteLogits as error:
+            bad[row] = error
+    return bad
+
+
+def _draw(shifted: Tensor, samplers: Sequence[Sampler]) -> list[int]:
+    """Tokens of rows whose best logit is 0, by temperature, top-k, top-p, min-p and each sampler's random number."""
+
+    def column(values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=shifted.device)
+
+    options = [sampler.options for sampler in samplers]
+    logits = shifted / column([option.temperature for option in options])[:, None]
+    if rows := [row for row, option in enumerate(options) if option.top_k]:
+        logits[rows] = keep_top_k(logits[rows], torch.tensor([options[row].top_k for row in rows], device=shifted.device))
+    if rows := [row for row, option in enumerate(options) if option.top_p < 1]:
+        logits[rows] = keep_top_p(logits[rows], column([options[row].top_p for row in rows]))
+    if rows := [row for row, option in enumerate(options) if option.min_p]:
+        logits[rows] = keep_min_p(logits[rows], column([options[row].min_p for row in rows]))
+    return choose(logits, [sampler.draw() for sampler in samplers])

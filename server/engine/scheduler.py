@@ -1,269 +1,236 @@
-"""Order: which request runs next, what is loaded when, who is told.
+"""Which sequences of one variant compute what in the next step. Plain data: no tensor, no thread, no clock of its own.
 
-    submit -> waiting -> (variant resident, request valid: pinned) -> ready -> running -> last event
+    add -> waiting -> running (its prompt's blocks are held) -> finish
+              ^-------- preempted: blocks given up, computed again later
 
-One thread computes (`run`), one sequence at a time, in order of arrival among those that are ready. One thread loads (`run_loads`),
-so that other variants go on generating meanwhile. Where a load waits for memory that pinned variants hold, nothing new is pinned
-until it has its turn: the pinned requests are finite, so every load comes to run, and the variant that it loaded is pinned for those
-who waited for it before another load can evict it.
+A step is one ragged batch under a budget of tokens: first one token for every sequence that generates, then chunks of the prompts
+that are being read, then new sequences. Order is by priority, deadline and arrival, everywhere: who comes first in it is never
+preempted for another, so that the first always gets on and, with equal priorities, nobody starves.
 """
 
 import bisect
-import logging
-import queue
-import threading
-from collections.abc import Callable
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import torch
+from server.engine.blocks import BlockPool, BlockTable, OutOfBlocks
 
-from quantizers.errors import EngineUnavailable, OutOfMemory, Overloaded, PrecisError
-from server.engine.interface import Finished, Request, Started, StepStats, Token, VariantKey, VariantSpec
-from server.engine.messages import Reply, Report, RequestEvent, Stats, to_failed
-from server.engine.residents import Residents
-from server.engine.runner import Runner
-
-logger = logging.getLogger(__name__)
-
-Emit = Callable[[Report], None]
+_FIRST_GUESS = 64.0  # tokens that an answer is expected to have, before any has ended
+_GUESS_WEIGHT = 0.1  # of the newest answer in the running mean
 
 
-@dataclass
-class _Job:
+@dataclass(frozen=True)
+class Limits:
+    """Of one step."""
+
+    step_tokens: int = 512  # enough for full throughput of matrix products
+    mixed_tokens: int = 128  # of prompts, in a step that also generates: what a running stream may be held up by
+    sequences: int = 32
+    scored_tokens: int = 512  # of a prompt whose every position needs logits
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One request as far as scheduling sees it. `tokens` is the prompt and, after it, what was generated."""
+
     call: int
-    request: Request
-    spec: VariantSpec
-    cancelled: threading.Event = field(default_factory=threading.Event)
+    tokens: list[int]
+    max_tokens: int
+    arrival: float  # seconds, any clock
+    salt: str = ""
+    priority: int = 0  # higher goes first
+    deadline: float = math.inf  # on the clock of `arrival`; one that has not begun by then is dropped
+    scored: int | None = None  # prompt positions whose logits were used, where those are wanted
+    prompt_tokens: int = field(init=False)
+    table: BlockTable | None = None  # while it runs
+    computed: int = 0  # leading tokens whose keys and values are in its blocks
+    cached: int = 0  # of the prompt, found in the cache when it began
+    started: bool = False
+
+    def __post_init__(self) -> None:
+        self.prompt_tokens = len(self.tokens)
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) - self.prompt_tokens
+
+    @property
+    def scores(self) -> bool:
+        """Whether prompt positions still wait for their logits to be used."""
+        return self.scored is not None and self.scored < self.prompt_tokens - 1
+
+    @property
+    def order(self) -> tuple[int, float, float, int]:
+        return (-self.priority, self.deadline, self.arrival, self.call)
+
+
+@dataclass(frozen=True)
+class Work:
+    """`count` tokens of a sequence from position `start` on; logits are wanted from position `logits_from` on."""
+
+    sequence: Sequence
+    start: int
+    count: int
+    logits_from: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.count
+
+    @property
+    def samples(self) -> bool:
+        """Whether a token follows: everything known of the sequence is computed then."""
+        return self.end == len(self.sequence.tokens)
+
+
+@dataclass(frozen=True)
+class Step:
+    """`copies` are (src, dst) blocks to copy, in this order, before anything is written."""
+
+    work: tuple[Work, ...]
+    copies: tuple[tuple[int, int], ...]
 
 
 class Scheduler:
-    """Queues of one worker. `emit` is called from every thread, at times under the lock, and must not block."""
+    """The sequences of one variant over one pool of blocks."""
 
-    def __init__(self, residents: Residents, emit: Emit, *, max_waiting: int) -> None:
-        self._residents, self._emit, self._max_waiting = residents, emit, max_waiting
-        self._lock = residents.changed
-        self._waiting: list[_Job] = []  # by arrival; not resident yet, or not pinned
-        self._ready: list[_Job] = []  # by arrival; pinned
-        self._running: _Job | None = None
-        self._runner: Runner | None = None
-        self._closed = False
-        self._loads: dict[VariantSpec, list[int]] = {}  # asked for and not answered yet -> the calls that wait for it
-        self._operations: queue.SimpleQueue[VariantSpec | tuple[VariantKey, int] | None] = queue.SimpleQueue()
-        self._nonfinite: dict[str, int] = {}
+    def __init__(self, pool: BlockPool, block_size: int, limits: Limits) -> None:
+        """`limits.sequences` may not exceed its `step_tokens`: each that generates has a token in every step."""
+        assert 0 < limits.sequences <= limits.step_tokens, "a step holds a token of every sequence"
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.preemptions = 0
+        self._pool, self._size, self._limits = pool, block_size, limits
+        self._guess = _FIRST_GUESS
 
-    # Commands, from the thread that reads the socket.
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting or self.running)
 
-    def submit(self, call: int, request: Request, spec: VariantSpec) -> None:
-        """Queue a request; its events carry `call`. Where the queue is full, or the engine stops, its only event is Failed."""
-        with self._lock:
-            if self._closed:
-                self._fail(call, EngineUnavailable("the engine is stopping: try again in a moment"))
-            elif len(self._waiting) + len(self._ready) >= self._max_waiting:
-                self._fail(
-                    call, Overloaded(f"{self._max_waiting} requests are waiting, which is all that may: try again later", code="queue_full")
-                )
-            else:
-                self._waiting.append(_Job(call, request, spec))
-                self._admit()
+    @property
+    def usage(self) -> float:
+        """Share of the pool that sequences hold, 0 to 1."""
+        return self._pool.used / self._pool.total
 
-    def cancel(self, call: int) -> None:
-        """End a request before its next step; one that has ended already is left alone."""
-        with self._lock:
-            if self._running is not None and self._running.call == call:
-                self._running.cancelled.set()
-            for job in [job for job in self._ready if job.call == call]:
-                self._ready.remove(job)
-                self._residents.unpin(job.spec.key)
-                self._emit_cancelled(job)
-            for job in [job for job in self._waiting if job.call == call]:
-                self._waiting.remove(job)
-                self._emit_cancelled(job)
+    @property
+    def total_blocks(self) -> int:
+        return self._pool.total
 
-    def load(self, call: int, spec: VariantSpec) -> None:
-        """Make `spec` resident and reply to `call`."""
-        with self._lock:
-            self._ask_for(spec).append(call)
+    def fits(self, tokens: int) -> bool:
+        """Whether a sequence of this length could ever run here."""
+        return self._blocks(tokens) <= self._pool.total
 
-    def unload(self, call: int, key: VariantKey) -> None:
-        """Free `key` once it is idle and reply to `call`."""
-        self._operations.put((key, call))
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence that `fits` with all of its max_tokens."""
+        assert self.fits(sequence.prompt_tokens + sequence.max_tokens), "who adds has asked fits()"
+        bisect.insort(self.waiting, sequence, key=lambda other: other.order)
 
-    def close(self) -> None:
-        """End both threads: what runs stops before its next step, what waits fails."""
-        with self._lock:
-            self._closed = True
-            if self._running is not None:
-                self._running.cancelled.set()
-            for job in self._waiting + self._ready:
-                self._fail(job.call, EngineUnavailable("the engine stopped before this request had its turn"))
-            self._waiting.clear()
-            self._ready.clear()
-            self._lock.notify_all()
-        self._operations.put(None)
-
-    def stats(self) -> StepStats:
-        """Gauges as of now."""
-        memory = self._residents.memory()
-        with self._lock:
-            running = {} if self._running is None else {str(self._running.spec.key): 1}
-            waiting: dict[str, int] = {}
-            for job in self._waiting + self._ready:
-                waiting[str(job.spec.key)] = waiting.get(str(job.spec.key), 0) + 1
-            usage = {str(resident.key): 0.0 for resident in memory.residents}
-            if self._running is not None and self._runner is not None:
-                usage[str(self._running.spec.key)] = self._runner.cached_tokens / self._runner.max_model_len
-            return StepStats(
-                running=running,
-                waiting=waiting,
-                kv_cache_usage=usage,
-                memory=memory,
-                nonfinite_logits=dict(self._nonfinite),
-                evictions=dict(self._residents.evictions),
-            )
-
-    # Admission, under the lock.
-
-    def _admit(self) -> None:
-        """Move to `ready` what can run, ask for the variants of the rest."""
-        for job in list(self._waiting):
-            runner = self._residents.runner(job.spec)
-            if runner is None:
-                self._ask_for(job.spec)
-            elif not self._residents.blocked:
-                self._waiting.remove(job)
-                self._make_ready(job, runner)
-
-    def _make_ready(self, job: _Job, runner: Runner) -> None:
-        try:
-            runner.check(job.request)
-        except PrecisError as error:
-            self._fail(job.call, error)
-            return
-        self._residents.pin(job.spec.key)
-        bisect.insort(self._ready, job, key=lambda other: other.call)
-        self._lock.notify_all()
-
-    def _ask_for(self, spec: VariantSpec) -> list[int]:
-        if spec not in self._loads:
-            self._loads[spec] = []
-            self._operations.put(spec)
-        return self._loads[spec]
-
-    # The loading thread.
-
-    def run_loads(self) -> None:
-        """Load and unload in order, until closed."""
-        while (operation := self._operations.get()) is not None:
-            if isinstance(operation, VariantSpec):
-                self._load(operation)
-            else:
-                self._unload(*operation)
-
-    def _load(self, spec: VariantSpec) -> None:
-        try:
-            self._residents.load(spec, on_ready=lambda: self._loaded(spec))
-        except Exception as error:  # noqa: BLE001 (the others go on; translate() logs what is unknown)
-            failure = translate(error, f"loading {spec.key}")
-            with self._lock:
-                for call in self._loads.pop(spec, []):
-                    self._emit(Reply(call=call, failed=to_failed(failure)))
-                for job in [job for job in self._waiting if job.spec == spec]:
-                    self._waiting.remove(job)
-                    self._fail(job.call, failure)
-                self._admit()
-
-    def _loaded(self, spec: VariantSpec) -> None:
-        """Answer who waited for `spec`, and pin it for their requests."""
-        info = self._residents.info(spec.key)
-        self._emit(Stats(stats=self.stats()))  # before the replies: who is told that it is resident also finds it among the residents
-        for call in self._loads.pop(spec, []):
-            self._emit(Reply(call=call, resident=info))
-        self._admit()
-
-    def _unload(self, key: VariantKey, call: int) -> None:
-        try:
-            self._residents.unload(key)
-        except Exception as error:  # noqa: BLE001 (as in _load)
-            self._emit(Reply(call=call, failed=to_failed(translate(error, f"unloading {key}"))))
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a sequence wherever it is, and free its blocks; it has ended or was cancelled, and is in no step under way."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+            self._guess += _GUESS_WEIGHT * (sequence.generated - self._guess)
         else:
-            self._emit(Stats(stats=self.stats()))
-            self._emit(Reply(call=call))
-        with self._lock:
-            self._admit()
+            self.waiting.remove(sequence)
+        self._release(sequence)
 
-    # The computing thread.
+    def retract(self, sequence: Sequence) -> None:
+        """What `sequence`, which runs, has computed is worthless: nobody finds its blocks any more."""
+        if sequence.table is not None:
+            sequence.table.retract()
 
-    def run(self) -> None:
-        """Run requests until closed. Raises where the device itself is lost."""
-        while (job := self._next()) is not None:
-            self._run(job)
-            self._emit(Stats(stats=self.stats()))
+    def expired(self, now: float) -> list[Sequence]:
+        """Sequences that have not begun and whose deadline has passed."""
+        return [sequence for sequence in self.waiting if sequence.deadline < now and not sequence.started]
 
-    def _next(self) -> _Job | None:
-        with self._lock:
-            while not self._closed:
-                self._admit()
-                if self._ready:
-                    self._running = self._ready.pop(0)
-                    self._runner = self._residents.runner(self._running.spec)
-                    return self._running
-                self._lock.wait()
-            return None
+    def schedule(self) -> Step | None:
+        """The next step, None where nothing can run. Its end is told by `advance` before the next is asked for."""
+        copies: list[tuple[int, int]] = []
+        work = list(self._decodes(copies))
+        budget = self._limits.step_tokens
+        if work:
+            budget = min(budget - len(work), self._limits.mixed_tokens)
+        for sequence in self.running:
+            if len(sequence.tokens) - sequence.computed > 1 and budget > 0:
+                work.append(self._chunk(sequence, budget))
+                budget -= work[-1].count
+        while budget > 0 and self.waiting and len(self.running) < self._limits.sequences:
+            sequence = self.waiting[0]
+            if not self._admit(sequence, copies):
+                break
+            work.append(self._chunk(sequence, budget))
+            budget -= work[-1].count
+        return Step(tuple(work), tuple(copies)) if work else None
 
-    def _run(self, job: _Job) -> None:
-        key, runner = job.spec.key, self._runner
-        assert runner is not None, "a ready request has its variant pinned"
-        last: Finished | PrecisError
-        try:
-            last = self._generate(job, runner)
-        except Exception as error:  # the model's code failing for one request fails that one alone
-            last = translate(error, f"request {job.request.id} on {key}")
-            if last.code == "nonfinite_logits":
-                self._nonfinite[str(key)] = self._nonfinite.get(str(key), 0) + 1
-            if isinstance(error, torch.AcceleratorError):
-                self._fail(job.call, last)
-                raise  # the device's context is beyond repair: the process must go, and is restarted
-        with self._lock:
-            self._running = self._runner = None
-            self._residents.hold(key, "kv_cache", 0)
-            self._residents.hold(key, "workspace", 0)
-            self._residents.unpin(key)
-        if isinstance(last, PrecisError):
-            self._fail(job.call, last)
-        else:
-            self._emit(RequestEvent(call=job.call, event=last))
+    def advance(self, work: Work) -> None:
+        """The keys and values of `work` are computed."""
+        sequence = work.sequence
+        assert sequence.table is not None, "what is in a step runs"
+        sequence.computed = work.end
+        if sequence.scored is not None:
+            sequence.scored = max(sequence.scored, min(work.end, sequence.prompt_tokens - 1))
+        sequence.table.publish(sequence.tokens, work.end)
 
-    def _generate(self, job: _Job, runner: Runner) -> Finished:
-        """Emit all events but the last, which is returned."""
-        events = runner.run(
-            job.request,
-            cancelled=job.cancelled.is_set,
-            hold=lambda kind, count: self._residents.hold(job.spec.key, kind, count),
-        )
-        for event in events:
-            if isinstance(event, Started | Token):
-                self._emit(RequestEvent(call=job.call, event=event))
-            elif event.reason == "cancelled" and self._closed:
-                raise EngineUnavailable("the engine stopped while this request ran")
-            else:
-                return event
-        raise AssertionError("a run ends with Finished")
+    def _decodes(self, copies: list[tuple[int, int]]) -> Iterator[Work]:
+        """One token of every sequence that has a single one left to compute; the last in order give way where blocks run out."""
+        for sequence in list(self.running):
+            if sequence.table is None or len(sequence.tokens) - sequence.computed != 1:
+                continue
+            while sequence.table is not None:
+                try:
+                    copies += sequence.table.reserve(sequence.computed, sequence.computed + 1)
+                except OutOfBlocks:
+                    self._preempt(self.running[-1])
+                else:
+                    yield self._chunk(sequence, 1)
+                    break
 
-    def _fail(self, call: int, error: PrecisError) -> None:
-        self._emit(RequestEvent(call=call, event=to_failed(error)))
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._release(sequence)
+        self.preemptions += 1
+        bisect.insort(self.waiting, sequence, key=lambda other: other.order)
 
-    def _emit_cancelled(self, job: _Job) -> None:
-        event = Finished(reason="cancelled", prompt_tokens=len(job.request.prompt_token_ids), completion_tokens=0)
-        self._emit(RequestEvent(call=job.call, event=event))
+    def _release(self, sequence: Sequence) -> None:
+        if sequence.table is not None:
+            sequence.table.release()
+        sequence.table, sequence.computed = None, 0
 
+    def _chunk(self, sequence: Sequence, budget: int) -> Work:
+        start, scores = sequence.computed, sequence.scores
+        count = min(budget, len(sequence.tokens) - start, self._limits.scored_tokens if scores else budget)
+        end = start + count
+        logits_from = end - 1 if end == len(sequence.tokens) else end
+        if scores:
+            assert sequence.scored is not None
+            logits_from = min(logits_from, max(start, sequence.scored))
+        return Work(sequence, start, count, logits_from)
 
-def translate(error: Exception, during: str) -> PrecisError:
-    """`error` as one of the error tree: as it is, as OutOfMemory, or, logged with its traceback, as a failure of the model's code."""
-    if isinstance(error, PrecisError):
-        return error
-    # torch's CPU allocator has no type of its own for this.
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error):
-        logger.warning("out of memory %s: %s", during, error)
-        return OutOfMemory(f"the device ran out of memory {during}: unload a variant, shorten the prompt or lower the memory budget")
-    logger.error("%s failed", during, exc_info=error)
-    return PrecisError(f"{during} failed in the model's code: {type(error).__name__}: {str(error)[:300]}", code="generation_failed")
+    def _admit(self, sequence: Sequence, copies: list[tuple[int, int]]) -> bool:
+        """Let the first of the queue run, with blocks for all that is known of it, where those that run are expected to leave enough."""
+        table = BlockTable(self._pool, self._size, sequence.salt)
+        limit = len(sequence.tokens) - 1  # the last is computed in any case: its logits are wanted
+        if sequence.scores:
+            limit = min(limit, sequence.scored or 0)
+        held = table.match(sequence.tokens, limit)
+        length = len(sequence.tokens)
+        need = table.needed(held, length) + (self._growth(sequence) + sum(map(self._growth, self.running)) if self.running else 0)
+        if need > self._pool.free:
+            table.release()
+            return False
+        copies += table.reserve(held, length)
+        self.waiting.remove(sequence)
+        bisect.insort(self.running, sequence, key=lambda other: other.order)
+        if not sequence.started:
+            sequence.cached = held
+        sequence.table, sequence.computed, sequence.started = table, held, True
+        return True
+
+    def _growth(self, sequence: Sequence) -> int:
+        """Blocks that a sequence is expected to ask for from now on."""
+        expected = max(1.0, self._guess - sequence.generated)
+        length = len(sequence.tokens)
+        return self._blocks(length + math.ceil(min(expected, sequence.max_tokens - sequence.generated))) - self._blocks(length)
+
+    def _blocks(self, tokens: int) -> int:
+        return -(-tokens // self._size)

@@ -21,6 +21,7 @@ import torch
 from quantizers.errors import PrecisError, TooLarge
 from server.engine.device import default_budget, open_device
 from server.engine.loading import FolderLoader
+from server.engine.loop import Loop
 from server.engine.messages import (
     Cancel,
     FrameError,
@@ -37,7 +38,6 @@ from server.engine.messages import (
     to_failed,
 )
 from server.engine.residents import Residents
-from server.engine.scheduler import Scheduler
 from server.residency import Ledger
 
 logger = logging.getLogger("server.engine.worker")  # not __main__
@@ -87,28 +87,28 @@ def _leave(why: str) -> None:
     os._exit(0)
 
 
-def _read(connection: socket.socket, scheduler: Scheduler) -> None:
+def _read(connection: socket.socket, loop: Loop) -> None:
     try:
         while (body := receive_frame(connection)) is not None:
             command = decode_command(body)
             match command:
                 case Generate():
-                    scheduler.submit(command.call, command.request, command.spec)
+                    loop.submit(command.call, command.request, command.spec)
                 case Cancel():
-                    scheduler.cancel(command.call)
+                    loop.cancel(command.call)
                 case Load():
-                    scheduler.load(command.call, command.spec)
+                    loop.load(command.call, command.spec)
                 case Unload():
-                    scheduler.unload(command.call, command.key)
+                    loop.unload(command.call, command.key)
     except FrameError as error:
         logger.error("closing the connection: %s", error)
     _leave("the server is gone")
 
 
-def _report(scheduler: Scheduler, writer: _Writer) -> None:
+def _report(loop: Loop, writer: _Writer) -> None:
     while True:
         time.sleep(_STATS_SECONDS)
-        writer.emit(Stats(stats=scheduler.stats()))
+        writer.emit(Stats(stats=loop.stats()))
 
 
 def _catch_sigterm() -> int:
@@ -120,10 +120,10 @@ def _catch_sigterm() -> int:
     return readable
 
 
-def _await_sigterm(terminated: int, scheduler: Scheduler) -> None:
+def _await_sigterm(terminated: int, loop: Loop) -> None:
     os.read(terminated, 1)
     logger.info("stopping")
-    scheduler.close()
+    loop.close()
 
 
 def _start(target: object, *arguments: object) -> None:
@@ -156,14 +156,14 @@ def main(arguments: list[str]) -> int:
     connection = socket.socket(fileno=options.socket_fd)
     writer = _Writer(connection)
     residents = Residents(FolderLoader(device), Ledger(budget), device)
-    scheduler = Scheduler(residents, writer.emit, max_waiting=options.max_waiting)
+    loop = Loop(residents, writer.emit, max_waiting=options.max_waiting)
     writer.emit(Hello(pid=os.getpid(), device=str(device)))
-    writer.emit(Stats(stats=scheduler.stats()))
-    _start(_await_sigterm, terminated, scheduler)
-    _start(_read, connection, scheduler)
-    _start(scheduler.run_loads)
-    _start(_report, scheduler, writer)
-    scheduler.run()
+    writer.emit(Stats(stats=loop.stats()))
+    _start(_await_sigterm, terminated, loop)
+    _start(_read, connection, loop)
+    _start(loop.run_loads)
+    _start(_report, loop, writer)
+    loop.run()
     writer.flush(_FLUSH_SECONDS)
     return 0
 

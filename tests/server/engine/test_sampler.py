@@ -26,6 +26,7 @@ from server.engine.sampler import (
     keep_min_p,
     keep_top_k,
     keep_top_p,
+    sample,
     token_logprobs,
     uniform,
 )
@@ -91,6 +92,13 @@ def test_filters_take_leading_dimensions() -> None:
     rows = torch.stack([logits_of(seed) for seed in range(4)])
     for function, argument in ((keep_top_k, 9), (keep_top_p, 0.7), (keep_min_p, 0.05)):
         assert torch.equal(function(rows, argument), torch.stack([function(row, argument) for row in rows]))
+    for function, arguments in (
+        (keep_top_k, [9, 1, 10**9, 300]),
+        (keep_top_p, [0.7, 0.1, 0.9999, 0.5]),
+        (keep_min_p, [0.05, 1.0, 0.0, 0.3]),
+    ):
+        expected = torch.stack([function(row, argument) for row, argument in zip(rows, arguments, strict=True)])
+        assert torch.equal(function(rows, torch.tensor(arguments)), expected)
 
 
 def test_count_penalties_by_hand() -> None:
@@ -150,6 +158,27 @@ def test_a_seed_repeats_its_tokens_beside_other_sequences() -> None:
     assert first == second != third
 
 
+def test_a_row_draws_the_same_in_a_batch_as_alone() -> None:
+    """Rows of every kind, one of them broken: each has the token, or the error, that it has on its own."""
+    kinds: list[dict[str, object]] = [
+        {"temperature": 0},
+        {"seed": 1},
+        {"seed": 2, "top_p": 0.7, "temperature": 0.6},
+        {"seed": 3, "top_k": 5, "repetition_penalty": 1.5},
+        {"seed": 4, "min_p": 0.1, "frequency_penalty": 1.0},
+        {"seed": 5, "logit_bias": {7: 5.0}, "top_p": 0.2, "top_k": 40},
+        {"seed": 6, "logprobs": 3},
+        {"temperature": 0, "logprobs": 0},
+    ]
+    together, alone = ([sampler_of(500, (3, 4), **kind) for kind in kinds] for _ in range(2))
+    for step in range(10):
+        logits = torch.stack([logits_of(100 * step + row, vocab=500) for row in range(len(kinds))])
+        assert sample(logits, together) == [sampler.next(row) for sampler, row in zip(alone, logits, strict=True)]
+    logits[4, 9] = math.nan
+    broken = sample(logits, together)
+    assert [isinstance(result, NonFiniteLogits) for result in broken] == [row == 4 for row in range(len(kinds))]
+
+
 def test_without_a_seed_two_sequences_differ() -> None:
     rows = [logits_of(step, vocab=300, spread=0.1) for step in range(20)]
     first, second = sampler_of(300), sampler_of(300)
@@ -159,15 +188,12 @@ def test_without_a_seed_two_sequences_differ() -> None:
 @given(st.floats(0, 1, exclude_max=True), st.integers(0, 1000))
 def test_choose_never_returns_a_token_without_mass(u: float, seed: int) -> None:
     logits = keep_top_k(logits_of(seed, vocab=64, spread=20.0), 5)
-    assert math.isfinite(float(logits[choose(logits, u)]))
+    assert math.isfinite(float(logits[choose(logits[None], [u])[0]]))
 
 
 def test_choose_at_the_ends() -> None:
     logits = torch.tensor([-math.inf, 0.0, 0.0, -math.inf])
-    assert choose(logits, 0.0) == 1
-    assert choose(logits, 0.4999) == 1
-    assert choose(logits, 0.5) == 2
-    assert choose(logits, math.nextafter(1.0, 0.0)) == 2
+    assert choose(logits.expand(4, -1), [0.0, 0.4999, 0.5, math.nextafter(1.0, 0.0)]) == [1, 1, 2, 2]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-300, 1e-9])

@@ -1,380 +1,213 @@
-"""The scheduler with its real threads, ledger and loader over a tiny checkpoint: order, bounds, eviction, and failures that stay alone."""
+"""The rules of scheduling with a simulated model: no token lost or doubled, nobody starves, no block leaks, whatever is cancelled."""
 
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+import random
+from collections import defaultdict
 
 import pytest
-import torch
-from transformers import AutoConfig
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from model_store.formats.safetensors import SafetensorsSource, SafetensorsWriter
-from quantizers.pipeline import quantize
-from quantizers.recipe import parse_recipe
-from server.engine.interface import Event, Failed, Finished, Request, ResidentInfo, Sampling, Started, Token, VariantKey, VariantSpec
-from server.engine.loading import FolderLoader, Variant
-from server.engine.messages import Reply, Report, RequestEvent
-from server.engine.residents import Residents
-from server.engine.scheduler import Scheduler, translate
-from server.residency import Claim, Ledger
+from server.engine.blocks import BlockPool
+from server.engine.scheduler import Limits, Scheduler, Sequence, Step, Work
+from server.engine.turns import Turns
 
-CPU = torch.device("cpu")
-POISON, NAN = 13, 14  # token ids at which the instrumented model raises, or answers with what is not a number
-PLENTY = 1 << 30
-CACHE_ROOM = 150_000  # one block of 256 tokens takes 131,072 bytes at fp32, and the smallest variant more than this
+SIZE = 4
+LIMITS = Limits(step_tokens=12, mixed_tokens=6, sequences=5, scored_tokens=3)
 
 
-class InstrumentedLoader(FolderLoader):
-    """Loads the real thing, counts the loads, can hold them up, and hooks the embedding so that two token ids bring trouble."""
-
-    def __init__(self) -> None:
-        super().__init__(CPU)
-        self.loads: list[str] = []
-        self.gate = threading.Event()
-        self.gate.set()
-
-    def load(self, spec: VariantSpec) -> Variant:
-        self.loads.append(spec.key.precision)
-        assert self.gate.wait(30)
-        variant = super().load(spec)
-        variant._loaded.model.get_input_embeddings().register_forward_hook(trouble)
-        return variant
+def following(tokens: list[int]) -> int:
+    """The simulated model: the next token depends on every one before it."""
+    return (sum((index + 1) * token for index, token in enumerate(tokens)) + len(tokens)) % 3
 
 
-def trouble(module: torch.nn.Module, arguments: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
-    if (arguments[0] == POISON).any():
-        raise ZeroDivisionError("the model's code is wrong")
-    return output * float("nan") if (arguments[0] == NAN).any() else output
+class Model:
+    """Remembers what each block holds, as a cache does, and answers from that alone."""
+
+    def __init__(self, blocks: int, limits: Limits = LIMITS) -> None:
+        self.pool = BlockPool(blocks)
+        self.scheduler = Scheduler(self.pool, SIZE, limits)
+        self.limits = limits
+        self.cache: dict[int, list[int]] = defaultdict(lambda: [-1] * SIZE)
+        self.scores: dict[int, list[int]] = defaultdict(list)  # call -> positions
+        self.steps = 0
+
+    def run(self) -> list[Sequence]:
+        """One step; returns the sequences that ended with it."""
+        step = self.scheduler.schedule()
+        assert step is not None, "there is work and none is scheduled"
+        self.steps += 1
+        self.check(step)
+        for source, target in step.copies:
+            self.cache[target] = list(self.cache[source])
+        for work in step.work:
+            self.write(work)
+        return [work.sequence for work in step.work if self.finish(work)]
+
+    def check(self, step: Step) -> None:
+        assert 0 < sum(work.count for work in step.work) <= self.limits.step_tokens
+        assert len({work.sequence.call for work in step.work}) == len(step.work) <= self.limits.sequences
+        if any(work.count == 1 and work.sequence.generated for work in step.work):
+            read = sum(work.count for work in step.work if not work.sequence.generated)
+            assert read <= self.limits.mixed_tokens + self.limits.sequences
+        assert all(work.start == work.sequence.computed and work.count > 0 for work in step.work)
+
+    def write(self, work: Work) -> None:
+        table = work.sequence.table
+        assert table is not None
+        for position in range(work.start, work.end):
+            block = table.blocks[position // SIZE]
+            assert self.pool.references(block) == 1
+            assert not self.pool.published(block)
+            self.cache[block][position % SIZE] = work.sequence.tokens[position]
+
+    def finish(self, work: Work) -> bool:
+        sequence, table = work.sequence, work.sequence.table
+        assert table is not None
+        seen = [self.cache[table.blocks[position // SIZE]][position % SIZE] for position in range(work.end)]
+        assert seen == sequence.tokens[: work.end], "the model reads keys and values of other tokens"
+        if sequence.scored is not None:
+            self.scores[sequence.call] += range(work.logits_from, min(work.end, sequence.prompt_tokens - 1))
+        self.scheduler.advance(work)
+        if not work.samples:
+            return False
+        assert work.logits_from < work.end
+        sequence.tokens.append(following(seen))
+        if sequence.generated == sequence.max_tokens:
+            self.scheduler.remove(sequence)
+            return True
+        return False
 
 
-class Bench:
-    """A scheduler and everything that it said."""
-
-    def __init__(self, budget: int = PLENTY, max_waiting: int = 64) -> None:
-        self.loader = InstrumentedLoader()
-        self.ledger = Ledger(budget)
-        self.residents = Residents(self.loader, self.ledger, CPU)
-        self.said: list[Report] = []
-        self.scheduler = Scheduler(self.residents, self.said.append, max_waiting=max_waiting)
-
-    def submit(self, call: int, spec: VariantSpec, prompt: tuple[int, ...] = (1, 2, 3), **sampling: object) -> None:
-        options = {"max_tokens": 3, "temperature": 0, **sampling}
-        self.scheduler.submit(call, Request(id=f"r{call}", variant=spec.key, prompt_token_ids=prompt, sampling=Sampling(**options)), spec)
-
-    def events(self, call: int) -> list[Event]:
-        return [report.event for report in list(self.said) if isinstance(report, RequestEvent) and report.call == call]
-
-    def last(self, call: int) -> Finished | Failed:
-        wait_for(lambda: bool(self.events(call)) and isinstance(self.events(call)[-1], Finished | Failed))
-        return self.events(call)[-1]  # type: ignore[return-value]
-
-    def reply(self, call: int) -> Reply:
-        found: list[Reply] = []
-        wait_for(
-            lambda: bool(found.extend(report for report in list(self.said) if isinstance(report, Reply) and report.call == call) or found)
-        )
-        return found[0]
-
-    def load(self, call: int, spec: VariantSpec) -> ResidentInfo:
-        self.scheduler.load(call, spec)
-        info = self.reply(call).resident
-        assert info is not None
-        return info
-
-    def order(self) -> list[int]:
-        """Calls in the order of their last events."""
-        return [report.call for report in self.said if isinstance(report, RequestEvent) and isinstance(report.event, Finished | Failed)]
+def expected(prompt: list[int], count: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(following(tokens))
+    return tokens
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.002)
+@settings(max_examples=300, deadline=None)
+@given(st.integers(0, 2**32), st.integers(6, 40))
+def test_random_arrivals_and_cancellations(seed: int, blocks: int) -> None:
+    choose = random.Random(seed)
+    model = Model(blocks)
+    prompts: dict[int, list[int]] = {}
+    alive: dict[int, Sequence] = {}
+    ended: list[Sequence] = []
+    for call in range(25):
+        prompt = choose.choices([0, 1], k=choose.randint(1, 16))
+        sequence = Sequence(call, list(prompt), choose.randint(1, 24 - len(prompt)), call, scored=choose.choice([None, None, 0]))
+        sequence.priority = choose.choice([0, 0, 0, 1])
+        if not model.scheduler.fits(sequence.prompt_tokens + sequence.max_tokens):
+            continue
+        prompts[call], alive[call] = prompt, sequence
+        model.scheduler.add(sequence)
+        for _ in range(choose.randint(0, 4)):
+            if model.scheduler.busy:
+                ended += model.run()
+        if choose.random() < 0.2:
+            cancelled = choose.choice([other for other in alive.values() if other not in ended] or [sequence])
+            if cancelled not in ended:
+                model.scheduler.remove(cancelled)
+                del alive[cancelled.call]
+    while model.scheduler.busy:
+        ended += model.run()
+        assert model.steps < 5000, "somebody starves"
+    assert sorted(sequence.call for sequence in ended) == sorted(alive)
+    for sequence in ended:
+        assert sequence.tokens == expected(prompts[sequence.call], sequence.max_tokens)
+        if sequence.scored is not None:
+            assert model.scores[sequence.call] == list(range(len(prompts[sequence.call]) - 1))
+            assert sequence.cached == 0
+    assert (model.pool.used, model.scheduler.usage) == (0, 0.0)
 
 
-@contextmanager
-def running(bench: Bench) -> Iterator[Bench]:
-    threads = [threading.Thread(target=bench.scheduler.run), threading.Thread(target=bench.scheduler.run_loads)]
-    for thread in threads:
-        thread.start()
-    try:
-        yield bench
-    finally:
-        bench.loader.gate.set()
-        bench.scheduler.close()
-        for thread in threads:
-            thread.join(10)
-            assert not thread.is_alive()
+def sequence_of(call: int, prompt: int, max_tokens: int, **options: object) -> Sequence:
+    return Sequence(call, [call + 10] * prompt, max_tokens, float(call), **options)  # type: ignore[arg-type]
 
 
-def test_requests_finish_in_order_of_arrival(specs: dict[str, VariantSpec]) -> None:
-    bench = Bench()
-    for call in range(1, 7):
-        bench.submit(call, specs["fp32" if call % 2 else "bf16"])
-    with running(bench):
-        for call in range(1, 7):
-            assert isinstance(bench.last(call), Finished)
-        # Of one variant: by arrival. Between two, a load may let the other go first.
-        assert [call for call in bench.order() if call % 2] == [1, 3, 5]
-        assert [call for call in bench.order() if not call % 2] == [2, 4, 6]
-        bench.said.clear()
-        for call in range(10, 16):
-            bench.submit(call, specs["fp32" if call % 2 else "bf16"])
-        bench.last(15)
-        assert bench.order() == [10, 11, 12, 13, 14, 15]
-        assert [type(event) for event in bench.events(10)] == [Started, Token, Token, Token, Finished]
+def test_a_long_prompt_is_read_beside_streams_that_go_on() -> None:
+    model = Model(40)
+    model.scheduler.add(sequence_of(1, 3, 20))
+    model.run()
+    model.scheduler.add(sequence_of(2, 40, 1))
+    for start in range(0, 36, 6):
+        step = model.scheduler.schedule()
+        assert step is not None
+        assert [(work.sequence.call, work.start, work.count) for work in step.work] == [(1, 3 + start // 6, 1), (2, start, 6)]
+        for work in step.work:
+            model.write(work)
+            model.finish(work)
 
 
-def test_the_queue_is_bounded(specs: dict[str, VariantSpec]) -> None:
-    bench = Bench(max_waiting=2)
-    for call in (1, 2, 3):
-        bench.submit(call, specs["fp32"])
-    failed = bench.last(3)
-    assert isinstance(failed, Failed)
-    assert (failed.kind, failed.code) == ("Overloaded", "queue_full")
-    assert bench.scheduler.stats().waiting == {"tiny@fp32": 2}
-    with running(bench):
-        assert isinstance(bench.last(2), Finished)
-        bench.submit(4, specs["fp32"])
-        assert isinstance(bench.last(4), Finished)
+def test_the_last_to_come_gives_way_and_comes_back() -> None:
+    model = Model(8)
+    first, second = sequence_of(1, 8, 16), sequence_of(2, 8, 16)
+    model.scheduler.add(first)
+    model.scheduler.add(second)
+    model.scheduler._guess = 0.0  # nobody foresees how long the answers are
+    ended = []
+    while model.scheduler.busy:
+        ended += model.run()
+    assert [sequence.call for sequence in ended] == [1, 2]
+    assert model.scheduler.preemptions >= 1
+    assert first.tokens == expected([11] * 8, 16)
+    assert second.tokens == expected([12] * 8, 16)
 
 
-def test_loads_of_one_variant_are_one(specs: dict[str, VariantSpec]) -> None:
-    bench = Bench()
-    bench.loader.gate.clear()
-    with running(bench):
-        for call in (1, 2, 3):
-            bench.scheduler.load(call, specs["fp32"])
-            bench.submit(10 + call, specs["fp32"])
-        bench.loader.gate.set()
-        infos = [bench.reply(call).resident for call in (1, 2, 3)]
-        assert infos[0] is not None
-        assert infos == [infos[0]] * 3
-        assert [type(bench.last(10 + call)) for call in (1, 2, 3)] == [Finished] * 3
-        assert bench.loader.loads == ["fp32"]
-        assert infos[0].predicted_bytes == sum(infos[0].bytes.values()) == sum(infos[0].bytes_by_dtype.values())
+def test_admission_foresees_answers_of_the_usual_length() -> None:
+    """With the guess of 64 tokens, two sequences that would need 6 blocks each do not start together in a pool of 8."""
+    model = Model(8)
+    model.scheduler.add(sequence_of(1, 8, 16))
+    model.scheduler.add(sequence_of(2, 8, 16))
+    while model.scheduler.busy:
+        model.run()
+    assert model.scheduler.preemptions == 0
 
 
-def test_one_variant_generates_while_another_loads(specs: dict[str, VariantSpec]) -> None:
-    with running(Bench()) as bench:
-        bench.load(1, specs["fp32"])
-        bench.loader.gate.clear()
-        bench.submit(2, specs["bf16"])
-        bench.submit(3, specs["fp32"])
-        assert isinstance(bench.last(3), Finished)
-        assert bench.events(2) == []
-        bench.loader.gate.set()
-        assert isinstance(bench.last(2), Finished)
+def test_priority_then_deadline_then_arrival() -> None:
+    model = Model(40, Limits(step_tokens=4, mixed_tokens=4, sequences=1, scored_tokens=4))
+    for call, options in enumerate([{}, {"deadline": 50.0}, {"priority": 1}, {"deadline": 20.0}]):
+        model.scheduler.add(sequence_of(call, 2, 1, **options))
+    assert [sequence.call for _ in range(4) for sequence in model.run()] == [2, 3, 1, 0]
 
 
-def one_variant(bench: Bench, spec: VariantSpec) -> int:
-    return bench.loader.predict(spec).bytes
+def test_deadlines_are_of_those_that_have_not_begun() -> None:
+    model = Model(40, Limits(step_tokens=4, mixed_tokens=4, sequences=1, scored_tokens=4))
+    begun, late, later = sequence_of(1, 2, 5, deadline=1.0), sequence_of(2, 2, 5, deadline=2.0), sequence_of(3, 2, 5, deadline=9.0)
+    for sequence in (begun, late, later):
+        model.scheduler.add(sequence)
+    model.run()
+    assert model.scheduler.expired(3.0) == [late]
 
 
-def test_variants_that_do_not_fit_together_take_turns(specs: dict[str, VariantSpec]) -> None:
-    """Alternating requests under a budget that holds any one variant and its cache: all are answered, each from its own weights."""
-    budget = one_variant(Bench(), specs["fp32"]) + CACHE_ROOM
-    assert one_variant(Bench(), specs["bf16"]) > CACHE_ROOM
-    with running(Bench(budget)) as bench:
-        names = list(specs)
-        for call in range(1, 13):
-            bench.submit(call, specs[names[call % 3]])
-        for call in range(1, 13):
-            assert isinstance(bench.last(call), Finished), bench.last(call)
-            assert bench.ledger.reserved <= budget
-        assert len(bench.events(1)) == 5
-        stats = bench.scheduler.stats()
-        assert sum(stats.evictions.values()) == len(bench.loader.loads) - len(stats.memory.residents) > 0
-        assert stats.memory.reserved_bytes == sum(sum(resident.bytes.values()) for resident in stats.memory.residents)
+def test_a_prompt_seen_before_is_not_computed_again() -> None:
+    model = Model(40)
+    prompt = [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    for call in (1, 2):
+        sequence = Sequence(call, list(prompt), 2, call)
+        model.scheduler.add(sequence)
+        while model.scheduler.busy:
+            model.run()
+        assert sequence.cached == (0 if call == 1 else 8)
 
 
-def test_a_running_variant_is_not_evicted(specs: dict[str, VariantSpec]) -> None:
-    budget = one_variant(Bench(), specs["fp32"]) + CACHE_ROOM
-    with running(Bench(budget)) as bench:
-        bench.load(1, specs["fp32"])
-        bench.submit(2, specs["fp32"], max_tokens=250)
-        wait_for(lambda: len(bench.events(2)) > 3)
-        bench.submit(3, specs["bf16"])
-        wait_for(lambda: bench.residents.blocked)
-        bench.submit(4, specs["fp32"])  # must not overtake, or a busy variant would keep the others out for ever
-        assert isinstance(bench.last(3), Finished)
-        assert len(bench.events(2)) == 252
-        assert isinstance(bench.last(4), Finished)
-        assert bench.order() == [2, 3, 4]
+@pytest.mark.parametrize("cost", [(1.0, 1.0), (1.0, 0.01), (0.2, 5.0)])
+def test_turns_share_the_time_not_the_steps(cost: tuple[float, float]) -> None:
+    turns, spent = Turns[str](0.05), {"a": 0.0, "b": 0.0}
+    for _ in range(4000):
+        key = turns.next(("a", "b"))
+        spent[key] += cost[key == "b"]
+        turns.charge(key, cost[key == "b"])
+    assert abs(spent["a"] - spent["b"]) <= max(cost) + 0.05
 
 
-def test_what_never_fits_is_refused_with_numbers(specs: dict[str, VariantSpec]) -> None:
-    with running(Bench(budget=1000)) as bench:
-        bench.submit(1, specs["fp32"])
-        bench.scheduler.load(2, specs["bf16"])
-        failed, reply = bench.last(1), bench.reply(2)
-        assert isinstance(failed, Failed)
-        assert (failed.kind, reply.failed and reply.failed.kind) == ("OutOfMemory", "OutOfMemory")
-        assert "the budget is 1000 bytes" in failed.message
-        assert bench.ledger.reserved == 0
-        assert bench.loader.loads == []
-
-
-def test_a_cache_that_outgrows_the_budget_fails_its_request_and_no_other(specs: dict[str, VariantSpec]) -> None:
-    budget = one_variant(Bench(), specs["fp32"]) + CACHE_ROOM
-    with running(Bench(budget)) as bench:
-        bench.submit(1, specs["fp32"], prompt=(1,) * 4000)
-        bench.submit(2, specs["fp32"])
-        failed = bench.last(1)
-        assert isinstance(failed, Failed)
-        assert failed.kind == "OutOfMemory"
-        assert isinstance(bench.last(2), Finished)
-        wait_for(lambda: not bench.scheduler.stats().running)
-        assert bench.ledger.reserved == one_variant(bench, specs["fp32"])
-
-
-@pytest.mark.parametrize(
-    ("token", "kind", "code"), [(POISON, "PrecisError", "generation_failed"), (NAN, "PrecisError", "nonfinite_logits")]
-)
-def test_the_models_code_failing_fails_one_request(specs: dict[str, VariantSpec], token: int, kind: str, code: str) -> None:
-    with running(Bench()) as bench:
-        bench.submit(1, specs["fp32"])
-        bench.submit(2, specs["fp32"], prompt=(1, token))
-        bench.submit(3, specs["fp32"])
-        failed = bench.last(2)
-        assert isinstance(failed, Failed)
-        assert (failed.kind, failed.code) == (kind, code)
-        assert isinstance(bench.last(3), Finished)
-        tokens = [[event.token_id for event in bench.events(call) if isinstance(event, Token)] for call in (1, 3)]
-        assert tokens[0] == tokens[1]
-        assert bench.scheduler.stats().nonfinite_logits == ({"tiny@fp32": 1} if token == NAN else {})
-
-
-def test_invalid_requests_are_answered_without_their_turn(specs: dict[str, VariantSpec]) -> None:
-    with running(Bench()) as bench:
-        bench.submit(1, specs["fp32"], max_tokens=20_000)
-        wait_for(lambda: len(bench.events(1)) > 1)
-        bench.submit(2, specs["fp32"], prompt=(128,))
-        failed = bench.last(2)
-        assert isinstance(failed, Failed)
-        assert (failed.kind, failed.param) == ("InvalidInput", "prompt")
-        bench.scheduler.cancel(1)
-
-
-def test_cancelling_wherever_a_request_is(specs: dict[str, VariantSpec]) -> None:
-    with running(Bench()) as bench:
-        bench.load(1, specs["fp32"])
-        bench.loader.gate.clear()
-        bench.submit(2, specs["fp32"], max_tokens=20_000)
-        bench.submit(3, specs["fp32"])  # ready
-        bench.submit(4, specs["bf16"])  # waits for its load
-        wait_for(lambda: len(bench.events(2)) > 2)
-        stats = bench.scheduler.stats()
-        assert (stats.running, stats.waiting) == ({"tiny@fp32": 1}, {"tiny@fp32": 1, "tiny@bf16": 1})
-        assert 0 < stats.kv_cache_usage["tiny@fp32"] < 1
-        assert stats.memory.residents[0].bytes["kv_cache"] > 0
-        for call in (4, 3, 2, 99):
-            bench.scheduler.cancel(call)
-        assert [getattr(bench.last(call), "reason", None) for call in (2, 3, 4)] == ["cancelled"] * 3
-        wait_for(lambda: not bench.scheduler.stats().running)
-        assert not bench.ledger.pinned(specs["fp32"].key)
-        assert bench.scheduler.stats().memory.residents[0].bytes["kv_cache"] == 0
-
-
-@pytest.mark.parametrize("precision", ["rtn-w4g32", "rtn-w8", "rtn-w8a8", "bnb-nf4"])
-def test_a_quantized_variant_runs_beside_its_baseline(specs: dict[str, VariantSpec], precision: str, tmp_path: Path) -> None:
-    folder = Path(specs["bf16"].checkpoint_dir)
-    with SafetensorsWriter(tmp_path / "model.safetensors") as sink:
-        quantize(
-            AutoConfig.from_pretrained(folder),
-            SafetensorsSource([folder / "model.safetensors"]),
-            parse_recipe(precision),
-            sink,
-            device="cpu",
-        )
-    key = VariantKey(model="tiny", precision=precision)
-    spec = VariantSpec(key=key, checkpoint_dir=str(folder), artifact_dir=str(tmp_path))
-    with running(Bench()) as bench:
-        baseline, quantized = bench.load(1, specs["bf16"]), bench.load(2, spec)
-        assert quantized.predicted_bytes == pytest.approx(sum(quantized.bytes.values()), rel=0.01)
-        assert quantized.bytes["weights"] < baseline.bytes["weights"]
-        assert quantized.bytes["shared_weights"] == baseline.bytes["shared_weights"]
-        memory = bench.scheduler.stats().memory
-        assert memory.shared_bytes == baseline.bytes["shared_weights"] == bench.loader._shared.bytes
-        bench.submit(3, spec, max_tokens=10)
-        assert isinstance(bench.last(3), Finished)
-
-
-def test_unloading(specs: dict[str, VariantSpec]) -> None:
-    with running(Bench()) as bench:
-        bench.load(1, specs["fp32"])
-        bench.submit(2, specs["fp32"], max_tokens=100)
-        bench.scheduler.unload(3, specs["fp32"].key)
-        assert bench.reply(3).failed is None
-        assert isinstance(bench.events(2)[-1], Finished)  # it was let to end
-        assert bench.ledger.reserved == 0
-        bench.scheduler.unload(4, specs["fp32"].key)
-        failed = bench.reply(4).failed
-        assert failed is not None
-        assert (failed.kind, failed.message) == ("NotFound", "tiny@fp32 is not resident; resident are: none")
-
-
-def test_other_files_under_the_same_name_are_loaded_anew(specs: dict[str, VariantSpec], tmp_path: Path) -> None:
-    copy = tmp_path / "copy"
-    copy.mkdir()
-    for file in Path(specs["fp32"].checkpoint_dir).iterdir():
-        (copy / file.name).write_bytes(file.read_bytes())
-    with running(Bench()) as bench:
-        bench.load(1, specs["fp32"])
-        other = specs["fp32"].model_copy(update={"checkpoint_dir": str(copy)})
-        bench.load(2, other)
-        assert bench.loader.loads == ["fp32", "fp32"]
-        assert bench.residents.runner(specs["fp32"]) is None
-        assert bench.residents.runner(other) is not None
-
-
-def test_files_that_cannot_be_loaded_fail_those_who_asked(specs: dict[str, VariantSpec], tmp_path: Path) -> None:
-    broken = specs["bf16"].model_copy(update={"checkpoint_dir": str(tmp_path)})
-    with running(Bench()) as bench:
-        bench.submit(1, broken)
-        bench.scheduler.load(2, broken)
-        bench.submit(3, specs["fp32"])
-        failed = bench.last(1)
-        assert isinstance(failed, Failed)
-        assert failed.kind == "NotFound"
-        assert bench.reply(2).failed is not None
-        assert isinstance(bench.last(3), Finished)
-
-
-def test_closing_tells_everybody(specs: dict[str, VariantSpec]) -> None:
-    bench = Bench()
-    with running(bench):
-        bench.load(1, specs["fp32"])
-        bench.submit(2, specs["fp32"], max_tokens=20_000)
-        wait_for(lambda: len(bench.events(2)) > 2)
-        bench.submit(3, specs["fp32"])
-        bench.scheduler.close()
-        for call in (2, 3):
-            failed = bench.last(call)
-            assert isinstance(failed, Failed)
-            assert failed.kind == "EngineUnavailable"
-        bench.submit(4, specs["fp32"])
-        assert isinstance(bench.last(4), Failed)
-
-
-def test_a_measurement_beyond_the_budget_gives_everything_back(specs: dict[str, VariantSpec], monkeypatch: pytest.MonkeyPatch) -> None:
-    bench = Bench()
-    bench.ledger.budget = one_variant(bench, specs["fp32"]) - 1
-    monkeypatch.setattr(bench.loader, "predict", lambda spec: Claim({"weights": 10}))
-    with running(bench):
-        bench.scheduler.load(1, specs["fp32"])
-        failed = bench.reply(1).failed
-        assert failed is not None
-        assert failed.kind == "OutOfMemory"
-        assert bench.ledger.reserved == 0
-        assert bench.loader._shared.bytes == 0
-
-
-@pytest.mark.parametrize(
-    "error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
-)
-def test_allocators_errors_become_one(error: Exception) -> None:
-    assert type(translate(error, "loading x")).__name__ == "OutOfMemory"
+def test_who_comes_back_has_neither_credit_nor_debt() -> None:
+    turns = Turns[str](0.05)
+    for _ in range(100):
+        turns.charge(turns.next(("a",)), 1.0)
+    turns.next(("b",))
+    order = []
+    for _ in range(6):
+        order.append(turns.next(("a", "b")))
+        turns.charge(order[-1], 0.06)
+    assert sorted(order) == ["a", "a", "a", "b", "b", "b"]

@@ -1,0 +1,92 @@
+"""One request while it runs: what a step computed for it becomes its events.
+
+A generation knows its sequence, its sampler and what was told already. When it computes is left to `scheduler`, in which batch to
+`steps`, and who is told to `loop`.
+"""
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from server.engine.interface import Finished, FinishReason, Request, Started, Token, TokenLogprob
+from server.engine.runner import Runner
+from server.engine.sampler import Sampled, check_finite, token_logprobs
+from server.engine.scheduler import Sequence, Work
+
+
+class Generation:
+    """The state of a request that its runner has checked."""
+
+    def __init__(self, call: int, request: Request, runner: Runner, arrival: float) -> None:
+        """`arrival` is in seconds of the clock that the scheduler's deadlines are on."""
+        self.id = request.id
+        self._request, self._sampling = request, request.sampling
+        self._end_ids = runner.end_ids(request)
+        self.sampler = runner.sampler(request)
+        self._logprobs: list[TokenLogprob | None] = [None]
+        self._started = False
+        self.sequence = Sequence(
+            call,
+            list(request.prompt_token_ids),
+            self._sampling.max_tokens,
+            arrival,
+            salt=request.cache_salt,
+            priority=request.priority,
+            scored=None if self._sampling.prompt_logprobs is None else 0,
+        )
+        if request.deadline_seconds is not None:
+            self.sequence.deadline = arrival + request.deadline_seconds
+
+    @property
+    def scored(self) -> bool:
+        """Whether log-probabilities of the prompt are asked for; they come with Started, which waits for them."""
+        return self._sampling.prompt_logprobs is not None
+
+    @property
+    def needs_nothing(self) -> bool:
+        """Whether no step is needed to answer."""
+        return self._sampling.max_tokens == 0 and not self.scored
+
+    def begin(self) -> Iterator[Started]:
+        """What is told when the first step begins."""
+        if not self._started and not self.scored:
+            yield self._start(None)
+
+    def score(self, work: Work, logits: Tensor) -> None:
+        """Take the log-probabilities of the prompt from `logits` [positions, vocab] of `work`, from its logits_from on.
+
+        Raises NonFiniteLogits.
+        """
+        prompt = self._request.prompt_token_ids
+        following = prompt[work.logits_from + 1 : work.end + 1]
+        if self.scored and following:
+            rows = logits[: len(following)]
+            check_finite(rows)
+            self._logprobs += token_logprobs(rows, following, self._sampling.prompt_logprobs or 0)
+
+    def take(self, sampled: Sampled | None) -> Iterator[Started | Token | Finished]:
+        """Events after everything known was computed: `sampled` follows; None where no token was asked for."""
+        if not self._started:
+            yield self._start(tuple(self._logprobs))
+        if sampled is None:
+            yield self.finished("length")
+            return
+        token, logprob = sampled
+        if token in self._end_ids:
+            yield self.finished("stop")
+            return
+        self.sequence.tokens.append(token)
+        yield Token(token_id=token, logprob=logprob)
+        if self.sequence.generated == self._sampling.max_tokens:
+            yield self.finished("length")
+
+    def finished(self, reason: FinishReason) -> Finished:
+        """The last event."""
+        sequence = self.sequence
+        return Finished(
+            reason=reason, prompt_tokens=sequence.prompt_tokens, cached_tokens=sequence.cached, completion_tokens=sequence.generated
+        )
+
+    def _start(self, prompt_logprobs: tuple[TokenLogprob | None, ...] | None) -> Started:
+        self._started = True
+        return Started(prompt_tokens=self.sequence.prompt_tokens, prompt_logprobs=prompt_logprobs)

@@ -1,0 +1,116 @@
+"""Runs any causal decoder through transformers' own modeling code, over a paged cache: the executor that fits every architecture."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from quantizers.errors import InvalidInput
+from quantizers.skeleton import BUILDING
+from server.engine import paged_attention
+from server.engine.executor import RaggedBatch
+from server.engine.paged_attention import LayerCache, LayerShape, PagedStep, Probe, attending
+
+BLOCK_SIZE = 16  # small enough that short prefixes are shared and little is lost at the end, large enough to gather by rows
+_PROBE_TOKENS = 2
+# Rotary frequencies that depend on how long the sequences of a pass are: sequences must not see each other's lengths.
+_LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+
+class HfExecutor:
+    """An `Executor` over the model's own forward pass. It sets the model's attention implementation for good."""
+
+    name = "transformers"
+    block_size = BLOCK_SIZE
+    held_bytes = 0
+
+    def __init__(self, model: PreTrainedModel, config: PretrainedConfig) -> None:
+        """Raises InvalidInput where the architecture keeps a state that is not plain keys and values."""
+        self._model = model
+        weight = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+        self._device, self.cache_dtype = weight.device, weight.dtype
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._alone = _rope_type(config) in _LENGTH_DEPENDENT_ROPE
+        model.set_attn_implementation(paged_attention.NAME)
+        self._shapes = self._probe(config)
+        self._layers: dict[int, LayerCache] = {}
+
+    @property
+    def bytes_per_block(self) -> int:
+        per_token: int = sum(shape.kv_heads * (shape.key_dim + shape.value_dim) for shape in self._shapes.values())
+        return int(per_token * self.cache_dtype.itemsize * self.block_size)
+
+    def allocate(self, num_blocks: int) -> None:
+        self._layers = {}  # first, or both caches would be held for a moment
+        if num_blocks == 0:
+            return
+        self._layers = {layer: LayerCache(*self._empty(num_blocks, shape)) for layer, shape in self._shapes.items()}
+
+    def _empty(self, num_blocks: int, shape: LayerShape) -> tuple[Tensor, Tensor]:
+        leading = (num_blocks, self.block_size, shape.kv_heads)
+        options: dict[str, Any] = {"dtype": self.cache_dtype, "device": self._device}
+        return torch.zeros(*leading, shape.key_dim, **options), torch.zeros(*leading, shape.value_dim, **options)
+
+    def copy_block(self, src: int, dst: int) -> None:
+        for layer in self._layers.values():
+            layer.keys[dst] = layer.keys[src]
+            layer.values[dst] = layer.values[src]
+
+    def forward(self, batch: RaggedBatch) -> Tensor:
+        if self._alone and batch.sequences > 1:
+            return torch.cat([self.forward(batch.alone(index)) for index in range(batch.sequences)])
+        step = PagedStep(batch, self.block_size, self._device)
+        step.layers = self._layers
+        with BUILDING, torch.inference_mode(), attending(step):
+            return self._run(batch)
+
+    def _run(self, batch: RaggedBatch) -> Tensor:
+        rows = torch.from_numpy(batch.logits_rows).long().to(self._device)
+        arguments: dict[str, Any] = {"logits_to_keep": rows} if self._keeps_logits else {}
+        output = self._model(
+            input_ids=torch.from_numpy(batch.token_ids).long().to(self._device)[None],
+            position_ids=torch.from_numpy(batch.positions).long().to(self._device)[None],
+            use_cache=False,
+            **arguments,
+        )
+        logits: Tensor = output.logits[0]
+        return (logits if self._keeps_logits else logits[rows]).float()
+
+    def _probe(self, config: PretrainedConfig) -> dict[int, LayerShape]:
+        """One pass over two tokens shows what every layer caches, whatever the config calls it."""
+        probe = Probe()
+        ids = torch.zeros(1, _PROBE_TOKENS, dtype=torch.long, device=self._device)
+        positions = torch.arange(_PROBE_TOKENS, device=self._device)[None]
+        with BUILDING, torch.inference_mode(), attending(probe):
+            self._model(input_ids=ids, position_ids=positions, use_cache=False)
+        _check_layers(self._model, config, probe.shapes)
+        return dict(sorted(probe.shapes.items()))
+
+
+def _check_layers(model: nn.Module, config: PretrainedConfig, shapes: dict[int, LayerShape]) -> None:
+    """Raises InvalidInput unless every decoder block attends once, over all of its past or a sliding window of it."""
+    text: Any = config.get_text_config(decoder=True)
+    blocks = int(text.num_hidden_layers)
+    if sorted(shapes) != list(range(blocks)):
+        raise InvalidInput(
+            f"{type(model).__name__} has {blocks} decoder blocks, of which {len(shapes)} use transformers' attention "
+            "interface: architectures with a state other than keys and values are not served",
+            param="model",
+        )
+    kinds = getattr(text, "layer_types", None) or []
+    for layer, kind in enumerate(kinds):
+        window = shapes[layer].window
+        if kind not in ("full_attention", "sliding_attention") or (kind == "sliding_attention" and window is None):
+            raise InvalidInput(
+                f"layer {layer} of {type(model).__name__} has {kind!r}, which is not served: allowed are full_attention and "
+                "sliding_attention with a window",
+                param="model",
+            )
+
+
+def _rope_type(config: PretrainedConfig) -> str:
+    parameters = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    found = parameters.get("rope_type", parameters.get("type", "default"))
+    return str(found)

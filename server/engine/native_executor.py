@@ -1,0 +1,45 @@
+"""The native step of the Llama family as an executor: a whole step in one call, where it can run the model."""
+
+import torch
+from torch import Tensor, nn
+
+from quantizers.kernels.cpu.step import BLOCK_SIZE, NativeStep
+from server.engine.executor import RaggedBatch
+
+
+class NativeExecutor:
+    """An `Executor` over `NativeStep`, which reads the model's weights in place: the model must be kept and not be changed."""
+
+    name = "native-step"
+    block_size = BLOCK_SIZE
+
+    def __init__(self, model: nn.Module) -> None:
+        """Raises InvalidInput where `why_not` does not answer None."""
+        self._model = model
+        self._step: NativeStep | None = NativeStep(model)
+        self.bytes_per_block = self._step.bytes_per_block
+        self.cache_dtype: torch.dtype = self._step.cache_dtype
+        self.held_bytes = self._step.bytes
+
+    @staticmethod
+    def why_not(model: nn.Module) -> str | None:
+        """Why the native step cannot run `model`; None where it can."""
+        return NativeStep.supports(model)
+
+    def allocate(self, num_blocks: int) -> None:
+        if num_blocks == 0:
+            if self._step is not None:
+                self._step.close()
+            self._step = None
+            return
+        if self._step is None:
+            self._step = NativeStep(self._model)
+        self._step.allocate(num_blocks)
+
+    def copy_block(self, src: int, dst: int) -> None:
+        assert self._step is not None, "blocks are copied in a cache"
+        self._step.copy_block(src, dst)
+
+    def forward(self, batch: RaggedBatch) -> Tensor:
+        assert self._step is not None, "a step needs a cache"
+        return self._step.forward(batch.token_ids, batch.positions, batch.query_start, batch.block_tables, batch.logits_rows)
