@@ -1,4 +1,4 @@
-"""Fixtures that every part of the suite shares: the demo checkpoint, made once in the clone's `.cache` and kept, and a real server over it."""
+"""Fixtures of the whole suite: the demo checkpoint, made once in the clone's `.cache` and kept, and a real server over it."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""The product as its user meets it: `precis serve`, the official client, several precisions of a real model, an upload that is quantized."""
+"""The product as its user meets it: `precis serve`, the official client, precisions of a real model, an upload that is quantized."""
 
 import signal
 import time
