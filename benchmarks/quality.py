@@ -23,6 +23,7 @@ from quantizers.block import executed_tokens
 from quantizers.calibration import calibrate_on, calibration_text, evaluation_text, token_windows
 from quantizers.errors import PrecisError
 from quantizers.evaluate import evaluate
+from quantizers.memory import trim_heap
 from quantizers.model import LoadedModel, load_model, recipe_layers
 from quantizers.pipeline import QuantizationResult, quantize
 from quantizers.recipe import Recipe, parse_recipe
@@ -99,6 +100,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         needed = any(method.needs_calibration for method in recipe.methods)
         calibration = calibrate_on(encode, calibration_text(), samples=arguments.samples, length=LENGTH) if needed else None
         artifact = Artifact()
+        trim_heap()  # what earlier models left behind would hide the run's own peak
         started = time.monotonic()
         result = quantize(config, source, recipe, artifact.__setitem__, calibration=calibration)
         row = _facts(recipe, result, time.monotonic() - started)
