@@ -144,7 +144,10 @@ def _engine_counters(stats: StepStats) -> Iterator[Metric]:
     evictions = CounterMetricFamily("precis_model_evictions", "variants that had to go", labels=[*VARIANT, "reason"])
     for name, count in stats.evictions.items():
         evictions.add_metric([*name.split("@", 1), "room"], count)
-    yield from (nonfinite, evictions)
+    preemptions = CounterMetricFamily("precis_preemptions", "sequences pushed out of the cache, computed again later", labels=VARIANT)
+    for name, count in stats.preemptions.items():
+        preemptions.add_metric(name.split("@", 1), count)
+    yield from (nonfinite, evictions, preemptions)
 
 
 def _load(stats: StepStats, residents: dict[VariantKey, ResidentInfo]) -> Iterator[Metric]:

@@ -99,7 +99,13 @@ class ResidentsOnly:
             residents=infos,
         )
         return StepStats(
-            running={"m@bf16": 3}, waiting={}, kv_cache_usage={}, memory=memory, nonfinite_logits={"m@gone": 2}, evictions={"m@gone": 1}
+            running={"m@bf16": 3},
+            waiting={},
+            kv_cache_usage={},
+            memory=memory,
+            nonfinite_logits={"m@gone": 2},
+            evictions={"m@gone": 1},
+            preemptions={"m@bf16": 4},
         )
 
 
@@ -157,6 +163,7 @@ def test_gauges_of_a_resident_variant(empty_store: Store) -> None:
 def test_the_engines_own_counters_outlive_residency(empty_store: Store) -> None:
     text = scrape(empty_store)
     assert value(text, "precis_nonfinite_logits_total", model="m", precision="gone") == 2
+    assert value(text, "precis_preemptions_total", model="m", precision="bf16") == 4
     assert value(text, "precis_model_evictions_total", model="m", precision="gone", reason="room") == 1
 
 

@@ -1,0 +1,102 @@
+"""A flood at the worker: more clients than may wait, half of whom hang up at random moments. Everybody is answered, nothing is left."""
+
+import asyncio
+import random
+from collections import Counter
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from quantizers.errors import Overloaded
+from server.engine.client import EngineClient
+from server.engine.interface import Finished, Request, Sampling, StepStats, Token, VariantSpec
+
+CLIENTS = 200
+QUEUE = 64
+
+
+@dataclass(frozen=True)
+class Options:
+    device: str = "cpu"
+    memory_budget_bytes: int | None = 1 << 28
+    max_waiting: int = QUEUE
+
+
+class Flood:
+    """Clients of one engine, by what became of them."""
+
+    def __init__(self, engine: EngineClient, spec: VariantSpec) -> None:
+        self._engine, self._spec = engine, spec
+        self.outcomes: Counter[str] = Counter()
+        self.first_token_seconds: list[float] = []
+        self.retry_after: list[float] = []
+
+    async def client(self, number: int) -> None:
+        choose = random.Random(number)
+        await asyncio.sleep(choose.random() * 0.5)
+        prompt = tuple(choose.choices(range(5), k=choose.choice([3, 40, 700])))
+        length = choose.randint(1, 30)
+        request = Request(
+            id=f"r{number}", variant=self._spec.key, prompt_token_ids=prompt, sampling=Sampling(max_tokens=length, seed=number)
+        )
+        leaves_after = choose.randint(0, length) if number % 2 else None
+        try:
+            async with asyncio.timeout(choose.random() * 2 if number % 4 == 1 else None):
+                self.outcomes[await self._read(request, length, leaves_after)] += 1
+        except TimeoutError:
+            self.outcomes["left"] += 1
+        except Overloaded as error:
+            self.outcomes["refused"] += 1
+            assert error.retry_after_seconds is not None
+            self.retry_after.append(error.retry_after_seconds)
+
+    async def _read(self, request: Request, length: int, leaves_after: int | None) -> str:
+        clock = asyncio.get_running_loop().time
+        began, tokens = clock(), 0
+        async with aclosing(self._engine.generate(request)) as events:
+            async for event in events:
+                if isinstance(event, Token):
+                    tokens += 1
+                    if tokens == 1:
+                        self.first_token_seconds.append(clock() - began)
+                if isinstance(event, Finished):
+                    assert (event.completion_tokens, event.prompt_tokens) == (tokens, len(request.prompt_token_ids))
+                    assert tokens == length
+                    return "finished"
+                if tokens == leaves_after:
+                    return "left"
+        raise AssertionError("a stream ended without its last event")
+
+
+async def settled(engine: EngineClient) -> StepStats:
+    """The worker's numbers once it has nothing to do."""
+    while (stats := engine.stats()) is None or stats.running or stats.waiting:
+        await asyncio.sleep(0.05)
+    return stats
+
+
+def test_a_flood_ends_with_everybody_answered_and_nothing_left(specs: dict[str, VariantSpec]) -> None:
+    async def test() -> None:
+        engine = EngineClient(Options(), threads=1)
+        await engine.start()
+        try:
+            await engine.load(specs["bf16"])
+            flood = Flood(engine, specs["bf16"])
+            await flood.client(0)  # the cache is made
+            before = await settled(engine)
+            async with asyncio.timeout(120):
+                await asyncio.gather(*(flood.client(number) for number in range(1, CLIENTS)))
+                after = await settled(engine)
+            assert sum(flood.outcomes.values()) == CLIENTS
+            assert flood.outcomes["finished"] >= 20
+            assert flood.outcomes["left"] >= 20
+            assert after.kv_cache_usage == {str(specs["bf16"].key): 0.0}, "a block is held by nobody's request"
+            assert after.memory.reserved_bytes == before.memory.reserved_bytes
+            assert all(1 <= seconds <= 60 for seconds in flood.retry_after)
+            # 64 that wait and 32 that run are all that can be before a request that was taken.
+            assert max(flood.first_token_seconds) < 60
+            assert engine.restarts == 0
+            assert not engine._streams
+        finally:
+            await engine.stop(0)
+
+    asyncio.run(test())
