@@ -1,9 +1,12 @@
 """The HTTP application: routes, middleware and the lifetime of what stands behind them. Nothing here imports torch."""
 
+import asyncio
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 
+from anyio.to_thread import run_sync
 from fastapi import FastAPI
 
 from model_store.store import Store
@@ -16,7 +19,15 @@ from server.jobs import JobRunner
 from server.metrics import Metrics
 from server.settings import Settings
 
+EXPIRY_SECONDS = 3600
 ROUTERS = (completions.router, chat.router, models.router, uploads.router, checkpoints.router, jobs.router, ops.router)
+
+
+async def _expire_uploads(store: Store) -> None:
+    """Drop uploads that nobody completed in their time, at the start and every hour."""
+    while True:
+        await run_sync(store.uploads.expire, time.time())
+        await asyncio.sleep(EXPIRY_SECONDS)
 
 
 def create_app(settings: Settings, store: Store, engine: Engine, job_runner: JobRunner, *, preload: Sequence[str] = ()) -> FastAPI:
@@ -33,10 +44,12 @@ def create_app(settings: Settings, store: Store, engine: Engine, job_runner: Job
         await engine.start()
         try:
             await job_runner.start()
+            expiry = asyncio.create_task(_expire_uploads(store), name="upload expiry")
             try:
                 services.catalog.preload(preload)
                 yield
             finally:
+                expiry.cancel()
                 await services.catalog.stop()
                 await job_runner.stop()
         finally:

@@ -17,7 +17,7 @@ from model_store.formats.gguf import convert_gguf, convert_gguf_apart
 from model_store.formats.gguf_header import read_gguf_header
 from model_store.store import Store
 from quantizers.errors import InvalidInput
-from tests.conftest import demo_gguf
+from server.sources import demo_file
 
 HEADS, KV_HEADS, LAYERS = 4, 2, 2
 NAMES = {  # of a layer: transformers' and GGUF's
@@ -103,7 +103,7 @@ def test_no_path_of_this_machine_stays_in_the_checkpoint(store: Store, small: Pa
 
 def test_the_demo_file_becomes_the_demo_checkpoint(demo: Path, tmp_path: Path) -> None:
     """The real file; the checkpoint beside it was written by transformers' own save_pretrained."""
-    convert_gguf_apart(demo_gguf(), tmp_path)
+    convert_gguf_apart(demo_file(), tmp_path)
     digests = [hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest() for folder in (demo, tmp_path)]
     assert digests[0] == digests[1]
 
@@ -134,7 +134,7 @@ def test_a_number_of_blocks_that_the_tensors_contradict(weights: dict[str, torch
 
 
 def test_the_header_of_the_demo_file() -> None:
-    header = read_gguf_header(demo_gguf())
+    header = read_gguf_header(demo_file())
     assert header.architecture == "llama"
     assert sum(header.tensors.values()) == 134_515_008  # the model card's 135 million
 
