@@ -90,11 +90,10 @@ def products(rounds: int) -> list[dict[str, Any]]:
         matrix, memory = _matrix(*format_)
         few = library.Matrix.from_buffer_copy(matrix)
         few.rows = min(6144, matrix.rows)
-        words = memory[: memory.numel() // 8 * 8].view(torch.int64)
         inputs = {tokens: torch.randn(tokens, COLUMNS) for tokens in (1, 16, 512)}
         runs: dict[str, Callable[[], object]] = {
             "gemv": lambda matrix=matrix, x=inputs[1]: library.run_linear(matrix, x),  # type: ignore[misc]
-            "read": words.max,
+            "read": lambda memory=memory: library.library().precis_read(memory.data_ptr(), memory.numel() // 8, library.threads()),  # type: ignore[misc]
             "16": lambda few=few, x=inputs[16]: library.run_linear(few, x),  # type: ignore[misc]
             "512": lambda few=few, x=inputs[512]: library.run_linear(few, x),  # type: ignore[misc]
         }

@@ -61,7 +61,8 @@ def rounded_by_32(x: Tensor) -> Tensor:
     """What a weight-only kernel makes of its input: int8 codes in groups of 32, the largest magnitude at 127. fp64."""
     groups = x.view(len(x), -1, 32)
     largest = groups.abs().amax(-1, keepdim=True)
-    codes = torch.where(largest > 0, (groups * (127 / largest)).round(), torch.zeros(()))
+    inverse = torch.full((), 127.0).div(largest)  # one rounding: `127 / largest` is the reciprocal's times 127
+    codes = torch.where(largest > 0, (groups * inverse).round(), torch.zeros(()))
     return (codes.double() * (largest / 127).double()).view_as(x)
 
 

@@ -268,6 +268,7 @@ def test_nan_in_one_sequence_leaves_the_others_alone() -> None:
 
 
 def test_greedy_tokens_of_the_demo_are_transformers(demo: Path) -> None:
+    torch.set_num_threads(1)  # torch's own threads spin, and hold each other up on a busy machine
     model = AutoModelForCausalLM.from_pretrained(demo, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(demo)
     cache = Cache(model)
@@ -287,6 +288,7 @@ def test_greedy_tokens_of_the_demo_are_transformers(demo: Path) -> None:
 
 def test_lower_precisions_of_the_demo_stay_near_fp32(demo: Path) -> None:
     """bf16 as near as transformers' own bf16; int8 activations cost no more than their rounding."""
+    torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(demo)
     ids = tokenizer((Path(__file__).parent.parent.parent / "CONTRIBUTING.md").read_text())["input_ids"][:120]
     config, source = AutoConfig.from_pretrained(demo), SafetensorsSource([demo / "model.safetensors"])

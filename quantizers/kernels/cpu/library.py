@@ -6,7 +6,7 @@ it support nothing. ctypes releases the interpreter's lock during a call.
 
 import ctypes
 from collections.abc import Callable
-from ctypes import POINTER, Structure, c_char_p, c_int, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_int, c_int32, c_int64, c_uint64, c_void_p
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -58,7 +58,9 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "precis_isa": (c_char_p, []),
     "precis_select_isa": (c_int, [c_char_p]),
     "precis_advise_huge": (None, [c_void_p, c_int64]),
+    "precis_collapse_huge": (None, [c_void_p, c_int64]),
     "precis_packed_bytes": (c_int64, [POINTER(Matrix)]),
+    "precis_read": (c_uint64, [c_void_p, c_int64, c_int]),
     "precis_pack": (c_int, [POINTER(Source), POINTER(Matrix), c_void_p, c_int]),
     "precis_step_new": (c_void_p, [c_void_p]),
     "precis_step_free": (None, [c_void_p]),

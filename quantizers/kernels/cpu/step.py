@@ -49,6 +49,7 @@ class NativeStep:
         self._step = self._library.precis_step_new(ctypes.byref(self._model))
         if not self._step:
             raise OutOfMemory("no memory for the native step's description of the model")
+        self._gather()
         self._cache = torch.empty(0, dtype=torch.uint8)
         self._blocks = 0
         self._cos = self._sin = torch.empty(0, self._facts.head_dim // 2)
@@ -211,6 +212,14 @@ class NativeStep:
         if copy.data_ptr() != tensor.data_ptr():
             self._copies.append(copy)
         return copy.data_ptr()
+
+    def _gather(self) -> None:
+        """Ask for the weights' memory in huge pages: layers of a megabyte, made one by one, lie in small ones, and read a sixth slower."""
+        tensors = [self._facts.embedding]
+        for module in (self._facts.head, *(linear for block in self._facts.blocks for linear in block.linears())):
+            tensors += [*module.parameters(), *module.buffers()]
+        for tensor in tensors:
+            self._library.precis_collapse_huge(tensor.data_ptr(), tensor.nbytes)
 
     def _grow_rotary(self, positions: int) -> None:
         """Rotary tables [positions, head_dim / 2] as the model's own module computes them."""

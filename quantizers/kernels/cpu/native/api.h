@@ -20,4 +20,7 @@ void pack(const Source& source, const Matrix& matrix, uint8_t* out, int threads)
 // y [tokens][rows] = x [tokens][columns] times the matrix's transpose, plus its bias.
 void linear(const Matrix& m, const float* x, int tokens, float* y, int threads);
 
+// The sum of `count` words, which is not of interest: their reading is.
+uint64_t read_all(const uint64_t* words, int64_t count, int threads);
+
 }  // namespace precis

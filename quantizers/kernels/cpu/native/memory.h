@@ -22,6 +22,19 @@ inline void advise_huge(void* p, size_t bytes) {
 #endif
 }
 
+// Moves what already lies in [p, p + bytes) into huge pages, the parts at both ends together with their neighbours. A hint too: older
+// systems (before Linux 6.1) refuse it, and so do mapped files.
+inline void collapse_huge(const void* p, size_t bytes) {
+#if defined(__linux__)
+    constexpr size_t kHuge = size_t{2} << 20;
+    constexpr int kCollapse = 25;  // MADV_COLLAPSE, which older headers lack
+    const size_t begin = reinterpret_cast<size_t>(p) / kHuge * kHuge, end = reinterpret_cast<size_t>(p) + bytes;
+    for (size_t page = begin; page < end; page += kHuge) madvise(reinterpret_cast<void*>(page), kHuge, kCollapse);
+#else
+    (void)p, (void)bytes;
+#endif
+}
+
 // An array that grows and keeps nothing: what a call writes into it is for that call.
 template <class T>
 class Buffer {

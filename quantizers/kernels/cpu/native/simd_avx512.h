@@ -62,6 +62,7 @@ struct V {
     }
     PRECIS_INLINE static void store8(int8_t* p, D x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x)); }
 
+    PRECIS_INLINE static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
     PRECIS_INLINE static B bload(const void* p) { return _mm512_loadu_si512(p); }
     PRECIS_INLINE static void bstore(void* p, B x) { _mm512_storeu_si512(p, x); }
     PRECIS_INLINE static B band(B x, uint8_t mask) { return _mm512_and_si512(x, _mm512_set1_epi8(static_cast<char>(mask))); }
