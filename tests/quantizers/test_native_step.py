@@ -73,6 +73,9 @@ CONFIGS = {
     "llama, wide heads, one key head": LlamaConfig(**SMALL | {"num_key_value_heads": 1, "head_dim": 80}),
     "llama, llama3 rope": LlamaConfig(**SMALL, rope_parameters=LLAMA3),
     "llama, linear rope": LlamaConfig(**SMALL, rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}),
+    "llama, yarn rope": LlamaConfig(
+        **SMALL, rope_parameters={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 1e4}
+    ),
     "llama, 12 heads of one key head": LlamaConfig(
         **SMALL | {"hidden_size": 192, "num_attention_heads": 12, "num_key_value_heads": 1, "head_dim": 16}
     ),

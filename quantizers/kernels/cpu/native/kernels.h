@@ -1,7 +1,8 @@
 // The dispatch table: what an instruction set provides. All functions run on the calling thread and write only what they are given.
 //
 // One source (the .inc files) is compiled once for each instruction set over a vector of 16 floats, so that every set does the same
-// floating-point operations in the same order: their results are the same to the bit, and the scalar one is the specification.
+// floating-point operations in the same order: their results are the same to the bit, and the scalar one is the specification. One
+// exception: the bf16 products of AVX2 keep subnormal numbers, below 1.2e-38, which the others take and give as zero.
 #pragma once
 
 #include "activations.h"
