@@ -4,10 +4,12 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import pytest
 
 from model_store.formats.gguf import convert_gguf_apart
@@ -76,8 +78,13 @@ def demo_data(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(demo_data: Path) -> Iterator[LiveServer]:
     """The real server over the demo checkpoint, bf16 and two quantized variants resident."""
     server = start_server(demo_data, MODEL, "--recipes", *RECIPES)
-    yield server
-    stop_server(server)
+    try:
+        while httpx.get(f"{server.url}/ready").status_code != httpx.codes.OK:
+            assert server.process.poll() is None, "precis serve ended before it was ready"
+            time.sleep(0.1)
+        yield server
+    finally:
+        stop_server(server)
 
 
 @pytest.fixture(scope="session")

@@ -53,7 +53,7 @@ def test_metrics_show_latency_and_bytes_of_each_precision(client: OpenAI, server
     found: dict[tuple[str, str], float] = {}
     for family in text_string_to_metric_families(httpx.get(f"{server.url}/metrics").text):
         for sample in family.samples:
-            if sample.labels.get("model") == MODEL:
+            if sample.labels.get("model") == MODEL and sample.labels.get("kind", "weights") == "weights":
                 found[sample.name, sample.labels["precision"]] = found.get((sample.name, sample.labels["precision"]), 0) + sample.value
     for precision in ("bf16", *RECIPES):
         for name in (
