@@ -109,6 +109,14 @@ class Variants:
             raise NotFound(f"{name}@{slug} was made from other bytes than {name} has now: quantize it anew", param="model")
         return variant
 
+    def has(self, name: str, slug: str) -> bool:
+        """Whether `get` finds it."""
+        try:
+            self.get(name, slug)
+        except NotFound:
+            return False
+        return True
+
     @contextmanager
     def create(self, name: str, slug: str) -> Iterator[Draft]:
         """A draft, gone at the end unless committed. Raises NotFound for the checkpoint, Conflict where the variant is valid already."""

@@ -109,12 +109,9 @@ def _load(store: Store, checkpoint: Checkpoint, slug: str, device: str, shared: 
 def _keep(store: Store, checkpoint: Checkpoint, slug: str, report: Report) -> None:
     """A baseline has no artifact, but its report needs a place: a variant of a manifest alone."""
     recipe = parse_recipe(slug)
-    if recipe.is_baseline:
-        try:
-            store.variants.get(checkpoint.name, slug)
-        except NotFound:
-            with store.variants.create(checkpoint.name, slug) as draft:
-                draft.commit(Manifest(checkpoint=checkpoint.name, checkpoint_digest=checkpoint.digest, recipe=recipe, slug=slug))
+    if recipe.is_baseline and not store.variants.has(checkpoint.name, slug):
+        with store.variants.create(checkpoint.name, slug) as draft:
+            draft.commit(Manifest(checkpoint=checkpoint.name, checkpoint_digest=checkpoint.digest, recipe=recipe, slug=slug))
     store.variants.set_report(checkpoint.name, slug, report.model_dump())
 
 

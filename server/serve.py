@@ -6,7 +6,7 @@ import sys
 import uvicorn
 
 from model_store.store import Store
-from quantizers.errors import NotFound, QuantizationFailed
+from quantizers.errors import QuantizationFailed
 from quantizers.recipe import parse_recipe
 from server.app import create_app
 from server.console import bar
@@ -43,21 +43,13 @@ def _prepare(store: Store, settings: Settings, models: list[str], demo: bool) ->
         with bar("importing the demo model") as share:
             names.insert(0, open_demo(store, share).name)
     for name in names:
-        missing = [slug for slug in settings.recipes if not parse_recipe(slug).is_baseline and not _exists(store, name, slug)]
+        missing = [slug for slug in settings.recipes if not parse_recipe(slug).is_baseline and not store.variants.has(name, slug)]
         if missing:
             command = [sys.executable, "-m", "server.cli", "quantize", name, *missing]
             command += ["--data-dir", str(settings.data_dir), "--device", settings.device]
             if subprocess.run(command, check=False).returncode != 0:
                 raise QuantizationFailed(f"{name} could not be quantized by {' '.join(missing)}; the reason stands above")
     return names
-
-
-def _exists(store: Store, name: str, slug: str) -> bool:
-    try:
-        store.variants.get(name, slug)
-    except NotFound:
-        return False
-    return True
 
 
 def _variants(settings: Settings, names: list[str]) -> list[str]:

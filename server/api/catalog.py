@@ -61,11 +61,7 @@ class Catalog:
             ) from error
 
     async def has_artifact(self, key: VariantKey) -> bool:
-        try:
-            await run_sync(self._store.variants.get, key.model, key.precision)
-        except NotFound:
-            return False
-        return True
+        return await run_sync(self._store.variants.has, key.model, key.precision)
 
     async def make_resident(self, key: VariantKey) -> ResidentInfo:
         """The resident variant, after quantizing and loading it where needed. All who ask for one variant share the work.
