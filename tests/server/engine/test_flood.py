@@ -68,10 +68,14 @@ class Flood:
 
 
 async def settled(engine: EngineClient) -> StepStats:
-    """The worker's numbers once it has nothing to do."""
-    while (stats := engine.stats()) is None or stats.running or stats.waiting:
+    """The worker's numbers once it has a cache and nothing to do; an answer may arrive before the report that follows it."""
+    while (stats := engine.stats()) is None or stats.running or stats.waiting or not _cache_bytes(stats):
         await asyncio.sleep(0.05)
     return stats
+
+
+def _cache_bytes(stats: StepStats) -> int:
+    return sum(resident.bytes.get("kv_cache", 0) for resident in stats.memory.residents)
 
 
 def test_a_flood_ends_with_everybody_answered_and_nothing_left(specs: dict[str, VariantSpec]) -> None:
@@ -82,7 +86,8 @@ def test_a_flood_ends_with_everybody_answered_and_nothing_left(specs: dict[str, 
             await engine.load(specs["bf16"])
             flood = Flood(engine, specs["bf16"])
             await flood.client(0)  # the cache is made
-            before = await settled(engine)
+            async with asyncio.timeout(30):
+                before = await settled(engine)
             async with asyncio.timeout(120):
                 await asyncio.gather(*(flood.client(number) for number in range(1, CLIENTS)))
                 after = await settled(engine)
