@@ -1,6 +1,6 @@
 """What the native CPU kernels reach on this machine: bandwidth of each product, throughput of whole steps, and where a step's time goes.
 
-    python -m benchmarks.kernels [--model DIR] [--recipes SLUG...] [--threads N] [--rounds N] [--json]
+    python -m benchmarks.layers [--model DIR] [--recipes SLUG...] [--threads N] [--rounds N] [--json]
 
 Every figure is the best of several rounds, and the alternatives of one table take turns within a round, so that what else runs on the
 machine hits them alike. A product's bandwidth is given beside that of a plain read of as many bytes, in the same round.
