@@ -97,8 +97,9 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for slug in arguments.recipes:
         recipe = with_options(parse_recipe(slug), arguments.options)
-        needed = any(method.needs_calibration for method in recipe.methods)
-        calibration = calibrate_on(encode, calibration_text(), samples=arguments.samples, length=LENGTH) if needed else None
+        calibration = (
+            calibrate_on(encode, calibration_text(), samples=arguments.samples, length=LENGTH) if recipe.needs_calibration else None
+        )
         artifact = Artifact()
         trim_heap()  # what earlier models left behind would hide the run's own peak
         started = time.monotonic()

@@ -18,11 +18,11 @@ from model_store.checkpoints import Checkpoints, verify_files
 from model_store.formats.safetensors import SafetensorsSource
 from model_store.inspection import check_name
 from quantizers.errors import Conflict, CorruptData, InvalidInput, NotFound
-from quantizers.recipe import Recipe
+from quantizers.recipe import MAX_SLUG, Recipe
 
 MANIFEST = "manifest.json"
 logger = logging.getLogger(__name__)
-_SLUG = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}")
+_SLUG = re.compile(rf"[a-z0-9][a-z0-9.-]{{0,{MAX_SLUG - 1}}}")
 
 
 class Manifest(BaseModel):
@@ -193,7 +193,7 @@ class Variants:
 def check_slug(slug: str) -> None:
     """Raises InvalidInput where `slug` cannot be a folder's name; whether it names a recipe is `quantizers.recipe`'s to say."""
     if not _SLUG.fullmatch(slug):
-        raise InvalidInput(f"{slug[:80]!r} is no recipe's slug: use 1 to 64 of a-z, 0-9, '.' and '-'", param="recipe")
+        raise InvalidInput(f"{slug[:80]!r} is no recipe's slug: use 1 to {MAX_SLUG} of a-z, 0-9, '.' and '-'", param="recipe")
 
 
 def _serialized(manifest: Manifest) -> str:

@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from quantizers.activations import quantize_tokens
 from quantizers.blocks import layer_shape, linear_layers
-from quantizers.errors import QuantizationFailed
+from quantizers.errors import InvalidInput, QuantizationFailed
 from quantizers.flow import Group, Streams, find_groups
 from quantizers.weights import QuantizedScheme, QuantizedWeight
 
@@ -23,30 +23,53 @@ class Block:
     """A method may change floating weights in place, and hands every layer over with `put` (or `quantize_in_order`).
 
     `linears`: full name -> layer with real weights, `[out_features, in_features]` (GPT-2's transposed layers are shown as `nn.Linear`
-    over the same memory). `groups` and the functions that run the block are there for methods that need calibration.
+    over the same memory). `schemes`: the format of each of them that is to be quantized. `groups` and the functions that run the block
+    are there for methods that need calibration.
     """
 
     def __init__(
-        self, name: str, module: nn.Module, scheme: QuantizedScheme, take: Take, *, index: int = 0, streams: Streams | None = None
+        self,
+        name: str,
+        module: nn.Module,
+        schemes: Mapping[str, QuantizedScheme],
+        take: Take,
+        *,
+        index: int = 0,
+        streams: Streams | None = None,
     ) -> None:
         self.name = name
         self.module = module
-        self.scheme = scheme
         self._layers = linear_layers(module, name)
         self.linears = {full: _as_linear(layer) for full, layer in self._layers.items()}
+        self.schemes = {full: schemes[full] for full in self.linears if full in schemes}
         self._take, self._index, self._streams = take, index, streams
-        self._left = set(self.linears)
+        self._left = set(self.schemes)
         self._next_full: Tensor | None = None
         self._next_quantized: Tensor | None = None
         self.groups: tuple[Group, ...] = ()
         if streams is not None:
             self.groups = find_groups(module, name, self._layers, *streams.sample(index))
 
+    def members(self, group: Group) -> tuple[tuple[str, ...], QuantizedScheme | None]:
+        """The layers of a group that are to be quantized, and their format; None where there are none.
+
+        Raises InvalidInput where they have different ones: what shares an input is worked on, and executed, together.
+        """
+        names = tuple(name for name in group.names if name in self.schemes)
+        schemes = [self.schemes[name] for name in names]
+        for name, scheme in zip(names, schemes, strict=True):
+            if scheme != schemes[0]:
+                raise InvalidInput(
+                    f"{names[0]} and {name} share an input but are to be {schemes[0].slug} and {scheme.slug}: give them one format",
+                    param="model",
+                )
+        return names, schemes[0] if schemes else None
+
     def watch(self, see: See) -> None:
         """Run the full-precision stream through the unquantized block; `see` is given each group's input, fp32 [tokens, in_features]."""
         streams = self._flowing()
         assert streams.full is not None, "the method asks for the full stream"
-        assert len(self._left) == len(self.linears), "the full-precision stream runs before the first layer is quantized"
+        assert len(self._left) == len(self.schemes), "the full-precision stream runs before the first layer is quantized"
         with ExitStack() as stack:
             for group in self.groups:
                 stack.callback(self._on_input(group, lambda group, x: see(group, streams.tokens(x))))
@@ -60,7 +83,7 @@ class Block:
         assert streams.quantized is not None, "the method asks for the quantized stream"
 
         def reached(group: Group, x: Tensor) -> Tensor | None:
-            seen = self._as_executed(x)
+            seen = self._as_executed(group, x)
             for name, weight in choose(group, streams.tokens(seen)).items():
                 self.put(name, weight)
             return seen if seen is not x else None
@@ -118,8 +141,8 @@ class Block:
         """Call `act` when the first layer of `group` is called; what it returns is the layer's input instead. Returns the undoing."""
         return self._layers[group.names[0]].register_forward_pre_hook(_input_hook(group, act)).remove
 
-    def _as_executed(self, x: Tensor) -> Tensor:
-        return executed_tokens(x) if getattr(self.scheme, "activation_bits", None) else x
+    def _as_executed(self, group: Group, x: Tensor) -> Tensor:
+        return executed_tokens(x) if getattr(self.members(group)[1], "activation_bits", None) else x
 
 
 def _input_hook(group: Group, act: Callable[[Group, Tensor], Tensor | None]) -> Callable[[nn.Module, tuple[Any, ...]], Any]:

@@ -89,6 +89,10 @@ class Calibration:
         if not bool((self.mask.sum(1) > 0).all()):
             raise InvalidInput("a calibration sample is all padding: leave it out", param="calibration")
 
+    def first(self, samples: int) -> "Calibration":
+        """The first so many samples, or all where there are fewer."""
+        return Calibration(self.tokens[:samples], self.mask[:samples], self.source, self.sha256)
+
     @property
     def facts(self) -> dict[str, str | int]:
         """What the manifest records."""

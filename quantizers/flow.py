@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from quantizers.errors import InvalidInput, QuantizationFailed
+from quantizers.methods.base import Stream
 
 _HIDDEN = "hidden_states"
 
@@ -160,7 +161,7 @@ class Streams:
     that no method of the recipe asks for is None and costs nothing.
     """
 
-    def __init__(self, inputs: BlockInputs, sample: BlockInputs, mask: Tensor, wanted: frozenset[str]) -> None:
+    def __init__(self, inputs: BlockInputs, sample: BlockInputs, mask: Tensor, wanted: frozenset[Stream]) -> None:
         """`sample` are the inputs of the first sample alone; `mask` int64 [samples, length] is 1 where a token counts."""
         self.full = inputs.hidden if "full" in wanted else None
         self.quantized = inputs.hidden if "quantized" in wanted else None

@@ -13,8 +13,9 @@ from transformers.pytorch_utils import Conv1D
 from quantizers.blocks import decoder_blocks, layer_shape, linear_layers, output_matrix, replace
 from quantizers.errors import CorruptData, InvalidInput
 from quantizers.linear import QuantizedLinear
+from quantizers.packing import packed_width
 from quantizers.recipe import Recipe
-from quantizers.scheme import FloatScheme
+from quantizers.scheme import FloatScheme, IntegerScheme, MixedScheme
 from quantizers.shared import SharedKey, SharedTensors
 from quantizers.skeleton import DTYPES, match_tensors, put_tensor, serving_dtype, skeleton
 from quantizers.tensors import TensorSource
@@ -130,9 +131,10 @@ def _plan(config: PretrainedConfig, recipe: Recipe, checkpoint: TensorSource, ar
     if isinstance(recipe.scheme, FloatScheme):
         blocks = decoder_blocks(model)
         own = {tensors[f"{name}.weight"] for prefix, block in blocks.items() for name in linear_layers(block, prefix)}
-    for name, scheme in layers.items():
+    for name, format_ in layers.items():
         layer = model.get_submodule(name)
         rows, columns = layer_shape(layer)
+        scheme = _given(format_, artifact, name, columns) if isinstance(format_, MixedScheme) else format_
         quantized[name] = QuantizedLinear(scheme, columns, rows, bias=layer.bias is not None, dtype=dtype, device=device)
         del tensors[f"{name}.weight"]
     replaced = _replaced(model, recipe, tensors.keys(), artifact)
@@ -156,15 +158,43 @@ def _replaced(model: PreTrainedModel, recipe: Recipe, unquantized: Collection[st
     return found
 
 
-def recipe_layers(model: PreTrainedModel, recipe: Recipe) -> dict[str, QuantizedScheme]:
-    """Full name -> number format of the layers of an unquantized `model` that `recipe` quantizes, in the order of the walk."""
-    layers: dict[str, QuantizedScheme] = {}
-    if not isinstance(recipe.scheme, FloatScheme):
-        for prefix, block in decoder_blocks(model).items():
-            layers |= dict.fromkeys(linear_layers(block, prefix), recipe.scheme)
+def recipe_layers(model: PreTrainedModel, recipe: Recipe) -> dict[str, QuantizedScheme | MixedScheme]:
+    """Full name -> number format of the layers of an unquantized `model` that `recipe` quantizes, in the order of the walk.
+
+    Raises InvalidInput for an override that fits no layer.
+    """
+    layers: dict[str, QuantizedScheme | MixedScheme] = {}
+    if recipe.is_baseline:
+        return layers
+    names = [name for prefix, block in decoder_blocks(model).items() for name in linear_layers(block, prefix)]
+    for override in recipe.overrides:
+        if not any(override.fits(name) for name in names):
+            raise InvalidInput(
+                f"the override {override.slug!r} fits no layer of {type(model).__name__}, from {names[0]!r} to {names[-1]!r}: "
+                "a path is made of whole names between the dots, without underscores",
+                param="model",
+            )
+    for name in names:
+        scheme = recipe.scheme_of(name)
+        if not isinstance(scheme, FloatScheme):
+            layers[name] = scheme
     if recipe.head is not None:
         layers[output_matrix(model)] = recipe.head
     return layers
+
+
+def _given(scheme: MixedScheme, artifact: TensorSource | None, name: str, columns: int) -> IntegerScheme:
+    """The format that a layer was given, read from the shape of its codes; without an artifact one that the budget affords everywhere."""
+    if artifact is None:
+        return max(
+            (choice for choice in scheme.choices if choice.bits_per_weight(columns) <= scheme.bits), key=lambda each: each.weight_bits
+        )
+    key = f"{name}.codes"
+    width = artifact.shape(key)[-1] if key in artifact.keys() else None  # noqa: SIM118  a source of tensors is no mapping
+    choice = next((choice for choice in scheme.choices if packed_width(columns, choice.weight_bits) == width), None)
+    if choice is None:
+        raise CorruptData(f"{key} of the artifact has rows of {width} bytes: none of the widths of {scheme.slug} makes such rows")
+    return choice
 
 
 def _fill_quantized(layers: dict[str, QuantizedLinear], replaced: set[str], artifact: TensorSource) -> None:

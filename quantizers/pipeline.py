@@ -5,7 +5,7 @@ calibration tokens take inside one block; the quantized tensors leave through th
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,18 +13,21 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from quantizers.block import Block, squares
-from quantizers.blocks import decoder_blocks
+from quantizers.blocks import decoder_blocks, layer_shape
 from quantizers.calibration import Calibration
 from quantizers.errors import InvalidInput, QuantizationFailed
 from quantizers.flow import Streams, block_inputs
 from quantizers.memory import PeakMemory, trim_heap
+from quantizers.methods.base import Stream
 from quantizers.methods.rtn import Rtn, quantize_nearest
+from quantizers.mixed import SAMPLES as MIXED_SAMPLES
+from quantizers.mixed import Offer, offers, spend
 from quantizers.model import fill_computed_buffers, recipe_layers
 from quantizers.recipe import Recipe
-from quantizers.scheme import FloatScheme
+from quantizers.scheme import FloatScheme, MixedScheme
 from quantizers.skeleton import match_tensors, put_tensor, skeleton
 from quantizers.tensors import TensorSink, TensorSource
-from quantizers.weights import QuantizedWeight, join_rows
+from quantizers.weights import QuantizedScheme, QuantizedWeight, join_rows
 
 __all__ = ["Block", "LayerResult", "Progress", "QuantizationResult", "quantize"]
 
@@ -95,7 +98,10 @@ def quantize(
         torch.manual_seed(seed)
         walk = _Walk(config, source, recipe, sink, torch.device(device), progress)
         walk.check_rest()
-        walk.blocks(walk.streams(calibration) if calibration else None)
+        if calibration is not None and isinstance(recipe.scheme, MixedScheme):
+            walk.give_widths(calibration.first(MIXED_SAMPLES), recipe.scheme)
+        wanted = frozenset[Stream](stream for method in recipe.methods for stream in method.streams())
+        walk.blocks(walk.streams(calibration, wanted) if calibration is not None and wanted else None)
         walk.head()
     return QuantizationResult(
         tuple(walk.results), walk.bytes, walk.elapsed(), peak.bytes, tuple(walk.changed), calibration.facts if calibration else None
@@ -103,12 +109,11 @@ def quantize(
 
 
 def _check_calibration(config: PretrainedConfig, recipe: Recipe, calibration: Calibration | None) -> None:
-    needing = [method.name for method in recipe.methods if method.needs_calibration]
     if calibration is None:
-        if needing:
-            raise InvalidInput(f"{needing[0]} needs calibration tokens: give some", param="calibration")
+        if recipe.needs_calibration:
+            raise InvalidInput(f"{recipe.slug} needs calibration tokens: give some", param="calibration")
         return
-    if not needing:
+    if not recipe.needs_calibration:
         raise InvalidInput(f"{recipe.slug} looks at no calibration tokens: leave them out", param="calibration")
     text = config.get_text_config(decoder=True)
     length, longest = calibration.tokens.shape[1], getattr(text, "max_position_embeddings", None)
@@ -155,7 +160,22 @@ class _Walk:
             for rows in torch.split(self._source.get(key), _ROWS):
                 _check_finite(rows, key)
 
-    def streams(self, calibration: Calibration) -> Streams:
+    def give_widths(self, calibration: Calibration, scheme: MixedScheme) -> None:
+        """Look at every block once before the first is quantized, and spend the budget."""
+        streams = self.streams(calibration, frozenset(("full",)))
+        stack = decoder_blocks(self._model)
+        groups: dict[tuple[str, ...], list[Offer]] = {}
+        for index, (name, module) in enumerate(stack.items()):
+            self._materialise(name, module)
+            block = Block(name, module, {}, self._take, index=index, streams=streams)
+            groups |= offers(block, index, streams, self._layers)
+            module.to("meta")
+            trim_heap()
+            self._progress(Progress("measure", index + 1, len(stack), self.elapsed() / (index + 1) * (len(stack) - index - 1)))
+        weights = sum(rows * columns for rows, columns in self._shapes(name for names in groups for name in names))
+        self._layers |= spend(scheme.bits * weights, groups)
+
+    def streams(self, calibration: Calibration, wanted: frozenset[Stream]) -> Streams:
         """The inputs of the first block, made by the model itself, whose part before the blocks is in memory meanwhile."""
         blocks = decoder_blocks(self._model)
         fill_computed_buffers(self._model, self._device)
@@ -169,25 +189,29 @@ class _Walk:
         for name in before:
             put_tensor(self._model, name, torch.empty(self._source.shape(self._keys[name]), device="meta"))
         trim_heap()
-        wanted = frozenset[str](stream for method in self._recipe.methods for stream in method.streams())
         return Streams(inputs, sample, mask, wanted)
 
     def blocks(self, streams: Streams | None) -> None:
-        scheme = self._recipe.scheme
-        assert not isinstance(scheme, FloatScheme)
         stack = decoder_blocks(self._model)
         for index, (name, module) in enumerate(stack.items()):
             self._materialise(name, module)
-            block = Block(name, module, scheme, self._take, index=index, streams=streams)
+            block = Block(name, module, self._given(), self._take, index=index, streams=streams)
             for method in self._recipe.methods:
                 method.apply(block)
             if self._recipe.methods[-1].role == "smoother":
                 Rtn(name="rtn").apply(block)
             block.finish(last=index == len(stack) - 1)
-            self._write_changed(name, module, set(block.linears))
+            self._write_changed(name, module, set(block.schemes))
             module.to("meta")
             del block
             trim_heap()
+
+    def _shapes(self, names: Iterable[str]) -> Iterator[tuple[int, int]]:
+        return (layer_shape(self._model.get_submodule(name)) for name in names)
+
+    def _given(self) -> dict[str, QuantizedScheme]:
+        """Every layer's format, now that none is a budget any more."""
+        return {name: scheme for name, scheme in self._layers.items() if not isinstance(scheme, MixedScheme)}
 
     def head(self) -> None:
         """The output matrix, some rows at a time: with a large vocabulary it is larger than a block."""

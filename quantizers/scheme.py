@@ -7,7 +7,7 @@ quantized too. How numbers are chosen is a method's matter (`quantizers.methods`
 import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from quantizers.errors import UnknownRecipe
 
@@ -15,6 +15,7 @@ WeightBits = Literal[2, 3, 4, 8]
 GROUP_SIZES = (32, 64, 128)
 SCALE_BITS = 16  # scales and minimums are fp16: 11 bits of significand, far below the step of the widest integer format
 ZERO_POINT_BITS = 8  # one byte a group, whatever the width
+_ZERO_SLUGS = {"none": "", "integer": "z", "minimum": "m"}
 
 
 class _Frozen(BaseModel):
@@ -64,7 +65,7 @@ class IntegerScheme(_Frozen):
     @property
     def slug(self) -> str:
         group = "" if self.group_size is None else f"g{self.group_size}"
-        zero = {"none": "", "integer": "z", "minimum": "m"}[self.zero]
+        zero = _ZERO_SLUGS[self.zero]
         activation = "" if self.activation_bits is None else f"a{self.activation_bits}"
         return f"w{self.weight_bits}{group}{zero}{activation}"
 
@@ -114,15 +115,67 @@ class BnbScheme(_Frozen):
         return 8 + 32 / in_features if self.format == "int8" else 4 + 32 / 64
 
 
-Scheme = Annotated[FloatScheme | IntegerScheme | BnbScheme, Field(discriminator="kind")]
+class MixedScheme(_Frozen):
+    """Integers of a width that each group of layers is given by what it gains: `bits` stored bits a weight over all quantized layers.
+
+    Group size and kind of zero point are the same everywhere, so that a budget buys widths. Which layer has which width is found while
+    quantizing, and read back from the artifact's shapes.
+    """
+
+    kind: Literal["mixed"] = "mixed"
+    bits: float = Field(gt=2, lt=9, allow_inf_nan=False)
+    group_size: int
+    zero: Literal["none", "integer", "minimum"] = "none"
+
+    @model_validator(mode="after")
+    def _budget_buys_something(self) -> "MixedScheme":
+        narrowest, widest = (self.of(bits).bits_per_weight(self.group_size) for bits in (2, 8))
+        if not narrowest <= self.bits <= widest:
+            raise ValueError(
+                f"a budget of {self.bits:g} bits a weight cannot be spent: "
+                f"{self.of(2).slug} takes {narrowest:g}, {self.of(8).slug} {widest:g}"
+            )
+        return self
+
+    def of(self, bits: int) -> IntegerScheme:
+        """The format of a layer that was given `bits`."""
+        return IntegerScheme(weight_bits=bits, group_size=self.group_size, zero=self.zero)
+
+    @property
+    def choices(self) -> tuple[IntegerScheme, ...]:
+        """From the narrowest to the widest."""
+        return tuple(self.of(bits) for bits in (2, 3, 4, 8))
+
+    @property
+    def slug(self) -> str:
+        return f"mix{self.bits:g}g{self.group_size}{_ZERO_SLUGS[self.zero]}"
+
+    @property
+    def weight_bits(self) -> float:
+        return self.bits
+
+    def bits_per_weight(self, in_features: int) -> float:  # noqa: ARG002
+        return self.bits
+
+
+Scheme = Annotated[FloatScheme | IntegerScheme | BnbScheme | MixedScheme, Field(discriminator="kind")]
 
 HEAD8 = IntegerScheme(weight_bits=8, group_size=32)  # the output matrix of a recipe that ends in `-head8`
 
 _INTEGER = re.compile(r"w(?P<bits>[2348])(?:g(?P<group>[0-9]{1,4}))?(?P<zero>[zm])?(?:a(?P<act>8))?")
 
 
-def parse_scheme(slug: str) -> FloatScheme | IntegerScheme | BnbScheme:
+_MIXED = re.compile(r"mix(?P<bits>[0-9](?:\.[0-9]{1,4})?)g(?P<group>[0-9]{1,4})(?P<zero>[zm])?")
+_ZEROS = {slug or None: zero for zero, slug in _ZERO_SLUGS.items()}
+
+
+def parse_scheme(slug: str) -> FloatScheme | IntegerScheme | BnbScheme | MixedScheme:
     """The scheme that `slug` names. Raises UnknownRecipe."""
+    if (mixed := _MIXED.fullmatch(slug)) and int(mixed["group"]) in GROUP_SIZES:
+        try:
+            return MixedScheme(bits=float(mixed["bits"]), group_size=int(mixed["group"]), zero=_ZEROS[mixed["zero"]])
+        except ValidationError as error:
+            raise UnknownRecipe(f"{slug!r}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from error
     if slug in ("fp32", "bf16", "fp16"):
         return FloatScheme(dtype=slug)
     if slug in ("int8", "nf4", "fp4"):
@@ -131,12 +184,12 @@ def parse_scheme(slug: str) -> FloatScheme | IntegerScheme | BnbScheme:
     group = int(match["group"]) if match and match["group"] else None
     if match is None or (group is not None and group not in GROUP_SIZES):
         raise UnknownRecipe(
-            f"{slug!r} is not a number format: use fp32, bf16, fp16, int8, nf4, fp4 or w<bits>[g<group>][z|m][a8] "
-            f"with 2, 3, 4 or 8 bits and groups of {', '.join(map(str, GROUP_SIZES))}"
+            f"{slug!r} is not a number format: use fp32, bf16, fp16, int8, nf4, fp4, w<bits>[g<group>][z|m][a8] with 2, 3, 4 or 8 bits "
+            f"and groups of {', '.join(map(str, GROUP_SIZES))}, or mix<bits>g<group>[z|m] with a budget of bits a weight"
         )
     return IntegerScheme(
         weight_bits=int(match["bits"]),
         group_size=group,
-        zero={None: "none", "z": "integer", "m": "minimum"}[match["zero"]],
+        zero=_ZEROS[match["zero"]],
         activation_bits=8 if match["act"] else None,
     )

@@ -78,7 +78,7 @@ def _kernels(device: str) -> dict[str, str | list[str]]:
     from quantizers.kernels import LayerKind, select
     from quantizers.kernels.cpu import library
     from quantizers.recipe import parse_recipe
-    from quantizers.scheme import FloatScheme
+    from quantizers.scheme import FloatScheme, MixedScheme
     from quantizers.skeleton import DTYPES
 
     target = torch.device(resolve_device(device))
@@ -89,5 +89,6 @@ def _kernels(device: str) -> dict[str, str | list[str]]:
         if isinstance(recipe.scheme, FloatScheme):
             found[slug] = "torch"
         else:
+            assert not isinstance(recipe.scheme, MixedScheme), "its formats are listed one by one"
             found[slug] = select(LayerKind(recipe.scheme, 4096, 4096, DTYPES[recipe.dtype], target)).name
     return found

@@ -35,7 +35,7 @@ def quantize(settings: Settings, model: str, slugs: Sequence[str], calibration: 
 
     `calibration` is for recipes that look at tokens, and at least one of them must; None takes the default text and sizes.
     """
-    needing = [slug for slug in slugs if any(method.needs_calibration for method in parse_recipe(slug).methods)]
+    needing = [slug for slug in slugs if parse_recipe(slug).needs_calibration]
     if calibration is not None and not needing:
         raise InvalidInput(f"{', '.join(slugs)}: no method here looks at calibration tokens; leave the options out", param="calibration")
     for slug in slugs:

@@ -69,7 +69,7 @@ def make_variant(
 
 
 def _calibrate(recipe: Recipe, checkpoint: Checkpoint, settings: CalibrationSettings | None) -> Calibration | None:
-    if not any(method.needs_calibration for method in recipe.methods):
+    if not recipe.needs_calibration:
         if settings is not None:
             raise InvalidInput(f"{recipe.slug} looks at no calibration tokens: leave the calibration options out", param="calibration")
         return None

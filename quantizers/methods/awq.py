@@ -50,17 +50,16 @@ class Awq(Method):
         from quantizers.hessian import gram
         from quantizers.smoothing import maker, move_scales, shared_by_heads
 
-        assert isinstance(block.scheme, IntegerScheme), "checked by the recipe"
         seen: dict[Group, tuple[Tensor, Tensor]] = {}
         block.watch(lambda group, x: seen.__setitem__(group, (gram(x), x.abs().mean(0))))
         for group, (hessian, magnitude) in seen.items():
-            if group.norm is None and maker(block, group) is None:
+            if not block.members(group)[0] or (group.norm is None and maker(block, group) is None):
                 continue
             scales = self._scales(block, group, hessian, shared_by_heads(block, group, magnitude))
             move_scales(block, group, scales)
             seen[group] = (hessian / scales / scales.unsqueeze(-1), magnitude)
         for group, (hessian, _) in seen.items():
-            for name in group.names:
+            for name in block.members(group)[0]:
                 self._put(block, name, hessian)
 
     def _scales(self, block: "Block", group: "Group", hessian: "Tensor", magnitude: "Tensor") -> "Tensor":
@@ -70,12 +69,13 @@ class Awq(Method):
         from quantizers.methods.rtn import quantize_nearest
         from quantizers.smoothing import shared_by_heads
 
-        assert isinstance(block.scheme, IntegerScheme)
-        weight = torch.cat([block.linears[name].weight.detach() for name in group.names])
+        names, scheme = block.members(group)
+        assert isinstance(scheme, IntegerScheme), "checked by the recipe"
+        weight = torch.cat([block.linears[name].weight.detach() for name in names])
         best, least = torch.ones_like(magnitude), float("inf")
-        size = shared_by_heads(block, group, _relative_magnitude(weight, block.scheme))
+        size = shared_by_heads(block, group, _relative_magnitude(weight, scheme))
         for scales in self._candidates(magnitude, size):
-            quantized = quantize_nearest(weight * scales, block.scheme, layer=group.names[0]).dequantize() / scales
+            quantized = quantize_nearest(weight * scales, scheme, layer=names[0]).dequantize() / scales
             error = output_error(quantized - weight, hessian)
             if error < least:
                 best, least = scales, error
@@ -95,10 +95,11 @@ class Awq(Method):
     def _put(self, block: "Block", name: str, hessian: "Tensor") -> None:
         from quantizers.grid import as_groups, range_grid
 
-        assert isinstance(block.scheme, IntegerScheme)
+        scheme = block.schemes[name]
+        assert isinstance(scheme, IntegerScheme)
         weight = block.linears[name].weight.detach()
-        grouped = as_groups(weight, block.scheme, name)
-        grid = _clipped(grouped, hessian, block.scheme, name) if self.clip else range_grid(grouped, block.scheme, name)
+        grouped = as_groups(weight, scheme, name)
+        grid = _clipped(grouped, hessian, scheme, name) if self.clip else range_grid(grouped, scheme, name)
         block.put(name, grid.weight(grid.codes(grouped).view(weight.shape)))
 
 

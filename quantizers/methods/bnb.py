@@ -27,9 +27,9 @@ class Bnb(Method):
             raise UnsupportedScheme(f"bnb makes the formats int8, nf4 and fp4, not {scheme.slug}: use rtn for it", param="model")
 
     def apply(self, block: "Block") -> None:
-        assert isinstance(block.scheme, BnbScheme), "checked by the recipe"
-        for name, linear in block.linears.items():
-            block.put(name, quantize_bnb(linear.weight.detach(), block.scheme, layer=name))
+        for name, scheme in block.schemes.items():
+            assert isinstance(scheme, BnbScheme), "checked by the recipe"
+            block.put(name, quantize_bnb(block.linears[name].weight.detach(), scheme, layer=name))
 
 
 def quantize_bnb(weight: "Tensor", scheme: BnbScheme, *, layer: str) -> "QuantizedWeight":

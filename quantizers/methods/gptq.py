@@ -78,12 +78,15 @@ class Gptq(Method):
         from quantizers.grid import as_groups, searched_grid
         from quantizers.hessian import factors, gram
 
-        assert isinstance(block.scheme, IntegerScheme), "checked by the recipe"
-        scheme, first = block.scheme, group.names[0]
+        names, scheme = block.members(group)
+        if scheme is None:
+            return {}
+        assert isinstance(scheme, IntegerScheme), "checked by the recipe"
+        first = names[0]
         hessian = gram(x)
         found = factors(hessian, damping=self.damping, by_magnitude=self.act_order, layer=first)
-        weights = [block.linears[name].weight.detach() for name in group.names]
-        for name, weight in zip(group.names, weights, strict=True):
+        weights = [block.linears[name].weight.detach() for name in names]
+        for name, weight in zip(names, weights, strict=True):
             as_groups(weight, scheme, name)
         weight = torch.cat(weights)
         if full is not None:
@@ -94,7 +97,7 @@ class Gptq(Method):
         grid = searched_grid(grouped, importance, scheme, first, SHRINKS)
         codes = compensated_codes(weight, grid, found, self.block_size)
         sizes = [len(weight) for weight in weights]
-        return {name: part.weight(rows) for name, part, rows in zip(group.names, grid.split(sizes), torch.split(codes, sizes), strict=True)}
+        return {name: part.weight(rows) for name, part, rows in zip(names, grid.split(sizes), torch.split(codes, sizes), strict=True)}
 
 
 def corrected(weight: "Tensor", cross: "Tensor", found: "Factors") -> "Tensor":

@@ -31,9 +31,9 @@ class Rtn(Method):
             )
 
     def apply(self, block: "Block") -> None:
-        assert isinstance(block.scheme, IntegerScheme), "checked by the recipe"
-        for name, linear in block.linears.items():
-            block.put(name, quantize_nearest(linear.weight.detach(), block.scheme, layer=name))
+        for name, scheme in block.schemes.items():
+            assert isinstance(scheme, IntegerScheme), "checked by the recipe"
+            block.put(name, quantize_nearest(block.linears[name].weight.detach(), scheme, layer=name))
 
 
 def quantize_nearest(weight: "Tensor", scheme: IntegerScheme, *, layer: str) -> "QuantizedWeight":

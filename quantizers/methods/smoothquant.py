@@ -59,7 +59,8 @@ class SmoothQuant(Method):
         if not seen:
             raise QuantizationFailed("no normalization feeds a linear layer of this block: leave smoothquant out", layer=block.name)
         for group, statistics in seen.items():
-            move_scales(block, group, self._scales(block, group, statistics))
+            if block.members(group)[0]:
+                move_scales(block, group, self._scales(block, group, statistics))
 
     def _scales(self, block: "Block", group: "Group", seen: "_Seen") -> "Tensor":
         import torch
@@ -68,10 +69,11 @@ class SmoothQuant(Method):
         largest = torch.stack([weight.abs().amax(0) for weight in weights]).amax(0)
         if self.alpha != "auto":
             return smoothing_scales(seen.largest, largest, self.alpha)
-        assert isinstance(block.scheme, IntegerScheme) and seen.tokens is not None
+        scheme = block.members(group)[1]
+        assert isinstance(scheme, IntegerScheme) and seen.tokens is not None
         weight = torch.cat(weights)
         candidates = [smoothing_scales(seen.largest, largest, alpha) for alpha in _TRIED]
-        errors = [_output_error(seen.tokens, weight, scales, block.scheme) for scales in candidates]
+        errors = [_output_error(seen.tokens, weight, scales, scheme) for scales in candidates]
         return candidates[errors.index(min(errors))]
 
 

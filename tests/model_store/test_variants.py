@@ -122,7 +122,7 @@ def test_changed_bytes_and_broken_manifests_are_named(store: Store, checkpoint: 
         path.write_bytes((variant.model_dump_json(exclude={"dir"})).encode())
 
 
-@pytest.mark.parametrize("slug", ["", "..", "a/b", "../../x", "A", "x" * 65, "-"])
+@pytest.mark.parametrize("slug", ["", "..", "a/b", "../../x", "A", "x" * 97, "-"])
 def test_slugs_that_are_no_folder_names(slug: str, store: Store, checkpoint: Checkpoint) -> None:
     with pytest.raises(InvalidInput):
         store.variants.get("tiny", slug)

@@ -75,7 +75,7 @@ def test_padding_is_not_shown(tiny: Callable) -> None:
     model, _ = tiny("llama")
     streams = open_streams(model, frozenset(["full"]), padded=True)
     name, module = next(iter(decoder_blocks(model).items()))
-    block = Block(name, module, IntegerScheme(weight_bits=8), lambda *_: None, streams=streams)
+    block = Block(name, module, dict.fromkeys(linear_layers(module, name), IntegerScheme(weight_bits=8)), lambda *_: None, streams=streams)
     rows: list[int] = []
     block.watch(lambda group, x: rows.append(len(x)))
     assert rows == [8 * 24 - 12] * 4

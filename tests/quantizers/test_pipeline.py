@@ -120,7 +120,7 @@ def careless() -> type[Method]:
         def apply(self, block: Block) -> None:
             for name, linear in block.linears.items():
                 if self.twice or not name.endswith("down_proj"):
-                    weight = quantize_nearest(linear.weight, block.scheme, layer=name)  # type: ignore[arg-type]
+                    weight = quantize_nearest(linear.weight, block.schemes[name], layer=name)  # type: ignore[arg-type]
                     block.put(name, weight)
                     if self.twice:
                         block.put(name, weight)
@@ -157,7 +157,7 @@ def test_calibration_is_recorded_and_asked_for(tiny: Callable) -> None:
     given = calibration_tokens(4, 16, padded=True)
     result = quantize(model.config, checkpoint, parse_recipe("gptq-w4g32"), MemoryTensors().__setitem__, calibration=given)
     assert result.calibration == {"source": "random", "sha256": "0" * 64, "samples": 4, "length": 16, "tokens": 4 * 16 - 8}
-    with pytest.raises(InvalidInput, match="gptq needs calibration tokens"):
+    with pytest.raises(InvalidInput, match="gptq-w4g32 needs calibration tokens"):
         quantize(model.config, checkpoint, parse_recipe("gptq-w4g32"), MemoryTensors().__setitem__)
     with pytest.raises(InvalidInput, match="rtn-w4g32 looks at no calibration tokens: leave them out"):
         quantize(model.config, checkpoint, parse_recipe("rtn-w4g32"), MemoryTensors().__setitem__, calibration=given)

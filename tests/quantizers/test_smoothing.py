@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from quantizers.block import Block
-from quantizers.blocks import decoder_blocks
+from quantizers.blocks import decoder_blocks, linear_layers
 from quantizers.errors import QuantizationFailed, UnsupportedScheme
 from quantizers.methods.awq import output_error
 from quantizers.methods.smoothquant import SmoothQuant, smoothing_scales
@@ -23,7 +23,13 @@ from tests.quantizers.test_gptq import with_weights
 def first_block(model: nn.Module) -> Block:
     name, module = next(iter(decoder_blocks(model).items()))
     streams = open_streams(model, frozenset(["full"]))
-    return Block(name, module, IntegerScheme(weight_bits=8, activation_bits=8), lambda *_: None, streams=streams)
+    return Block(
+        name,
+        module,
+        dict.fromkeys(linear_layers(module, name), IntegerScheme(weight_bits=8, activation_bits=8)),
+        lambda *_: None,
+        streams=streams,
+    )
 
 
 def scales_for(block: Block, width: int) -> Tensor:
