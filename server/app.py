@@ -62,7 +62,7 @@ def create_app(settings: Settings, store: Store, engine: Engine, job_runner: Job
         app.include_router(router)
     errors.install(app)
     app.add_middleware(middleware.Faults)
-    if settings.api_key is not None:
-        app.add_middleware(middleware.ApiKey, key=settings.api_key)
+    if settings.keys:
+        app.add_middleware(middleware.ApiKey, keys=settings.keys)
     app.add_middleware(middleware.RequestId)  # added last, so it is the outermost: refused requests have an id too
     return app

@@ -1,7 +1,7 @@
 """Every setting of the server, once: a field here is a `PRECIS_*` environment variable and a flag of `precis serve`."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -37,6 +37,12 @@ class Settings(BaseSettings):
     load_timeout_seconds: float = Field(300.0, gt=0, description="how long a request waits for its variant to be made and loaded")
     grace_seconds: float = Field(30.0, ge=0, description="how long running requests may finish after SIGTERM")
     api_key: str | None = Field(None, min_length=8, description="bearer token that /v1 asks for; none: open")
+    api_keys: list[Annotated[str, Field(min_length=8)]] = Field([], description="further bearer tokens; no two keys share cached prefixes")
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Every bearer token that /v1 takes; none: it is open."""
+        return (*(() if self.api_key is None else (self.api_key,)), *self.api_keys)
 
     @field_validator("default_precision", "recipes")
     @classmethod

@@ -5,6 +5,7 @@ error after that is an `error` event of the stream.
 """
 
 import asyncio
+import hashlib
 import logging
 import time
 import uuid
@@ -88,7 +89,7 @@ async def answer(http: HttpRequest, dialect: Dialect[Body]) -> Response:
     meter = RequestMeter(services.metrics, dialect.endpoint)
     try:
         body = await json_body(dialect.body)(http)
-        return await until_disconnect(http, _respond(services, dialect, body, meter))
+        return await until_disconnect(http, _respond(services, dialect, body, meter, _cache_salt(http, body)))
     except PrecisError as error:
         meter.finish("rejected" if status_of(error) < 500 else "error")
         raise
@@ -100,10 +101,17 @@ async def answer(http: HttpRequest, dialect: Dialect[Body]) -> Response:
         raise
 
 
-async def _respond(services: Services, dialect: Dialect[Body], body: Body, meter: RequestMeter) -> Response:
+def _cache_salt(http: HttpRequest, body: GenerationRequest) -> str:
+    """Differs with the key that the request came with, and with its own `cache_salt`: what differs in it shares no cached prefix."""
+    key = http.headers.get("Authorization", "").partition(" ")[2].strip()
+    parts = hashlib.blake2b(key.encode(), digest_size=16).hexdigest(), body.cache_salt
+    return "/".join(parts) if any((key, body.cache_salt)) else ""
+
+
+async def _respond(services: Services, dialect: Dialect[Body], body: Body, meter: RequestMeter, cache_salt: str) -> Response:
     key = await services.catalog.resolve(body.model)
     meter.variant = key
-    run = await _prepare(services, dialect, body, key)
+    run = await _prepare(services, dialect, body, key, cache_salt)
     headers = {"X-Served-Precision": key.precision}
     pieces = merge([run_choice(services.engine, choice, run.tokenizer, meter) for choice in run.choices])
     first = await first_of(pieces)
@@ -115,7 +123,7 @@ async def _respond(services: Services, dialect: Dialect[Body], body: Body, meter
     return JSONResponse({**run.envelope(dialect.whole_object), "choices": choices, "usage": run.usage(whole)}, headers=headers)
 
 
-async def _prepare(services: Services, dialect: Dialect[Body], body: Body, key: VariantKey) -> Run[Body]:
+async def _prepare(services: Services, dialect: Dialect[Body], body: Body, key: VariantKey, cache_salt: str) -> Run[Body]:
     """Checks what depends on the model. The prompt is made before the model is loaded, so that a bad one loads nothing."""
     tokenizer = await services.catalog.tokenizer(key.model)
     prompts = await dialect.prompts(body, tokenizer)
@@ -130,7 +138,13 @@ async def _prepare(services: Services, dialect: Dialect[Body], body: Body, key: 
         for nth in range(body.n):
             index = len(choices)
             sampling = _sampling(body, limit, nth, echo=body.echoes_prompt)
-            request = Request(id=f"{request_id}-{index}", variant=key, prompt_token_ids=prompt.token_ids, sampling=sampling)
+            request = Request(
+                id=f"{request_id}-{index}",
+                variant=key,
+                prompt_token_ids=prompt.token_ids,
+                sampling=sampling,
+                cache_salt=cache_salt,
+            )
             choices.append(Choice(index, request, prompt, tuple(body.stop), body.echoes_prompt))
     return Run(dialect, body, key, tokenizer, tuple(prompts), tuple(choices), request_id, int(time.time()))
 

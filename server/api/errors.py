@@ -3,6 +3,7 @@ that is not a success: unknown routes, wrong methods and refused bodies included
 """
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,7 +29,7 @@ STATUS: dict[type[errors.PrecisError], int] = {
     errors.EngineUnavailable: 503,
     errors.PrecisError: 500,
 }
-RETRY_AFTER_SECONDS = 2  # about what a restart of the engine takes
+RESTART_SECONDS = 2  # about what a restart of the engine takes
 
 _TYPE_OF_STATUS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 409: "conflict_error"}
 _CODE_OF_STATUS = {401: "invalid_api_key", 404: "not_found", 405: "method_not_allowed", 413: "too_large"}
@@ -49,7 +50,13 @@ def error_body(error: errors.PrecisError) -> dict[str, Any]:
 
 def error_response(error: errors.PrecisError) -> JSONResponse:
     status = status_of(error)
-    return JSONResponse(error_body(error), status, headers={"Retry-After": str(RETRY_AFTER_SECONDS)} if status == 503 else None)
+    return JSONResponse(error_body(error), status, headers={"Retry-After": str(_retry_after(error))} if status == 503 else None)
+
+
+def _retry_after(error: errors.PrecisError) -> int:
+    """Whole seconds: what the queue's rate says, rounded up, where it was the queue that refused."""
+    seconds = error.retry_after_seconds if isinstance(error, errors.Overloaded) else None
+    return RESTART_SECONDS if seconds is None else max(1, math.ceil(seconds))
 
 
 def unauthorized_response() -> JSONResponse:

@@ -7,6 +7,7 @@ import hmac
 import logging
 import re
 import uuid
+from collections.abc import Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
@@ -43,11 +44,11 @@ class RequestId:
 
 
 class ApiKey:
-    """Asks for `Authorization: Bearer <key>` on everything under /v1; health, readiness, version and metrics stay open."""
+    """Asks for `Authorization: Bearer <one of keys>` on everything under /v1; health, readiness, version and metrics stay open."""
 
-    def __init__(self, app: ASGIApp, key: str) -> None:
+    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
         self._app = app
-        self._expected = f"bearer {key}".encode()
+        self._expected = [f"bearer {key}".encode() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"].startswith("/v1") and not self._authorized(scope):
@@ -57,8 +58,9 @@ class ApiKey:
 
     def _authorized(self, scope: Scope) -> bool:
         word, _, key = Headers(scope=scope).get("Authorization", "").partition(" ")
-        # Compared in constant time, so that the answer's timing tells nothing about the key.
-        return hmac.compare_digest(f"{word.lower()} {key.strip()}".encode(), self._expected)
+        given = f"{word.lower()} {key.strip()}".encode()
+        # With each, and in constant time, so that the answer's timing tells nothing about the keys.
+        return any([hmac.compare_digest(given, expected) for expected in self._expected])
 
 
 class Faults:

@@ -104,8 +104,9 @@ class StreamOptions(ApiModel):
 
 
 class GenerationRequest(ApiModel):
-    """What both routes share. Ranges are OpenAI's; `top_k`, `min_p`, `min_tokens`, `ignore_eos`, `repetition_penalty` and
-    `stop_token_ids` are the extensions that other self-hosted servers have, under their names.
+    """What both routes share. Ranges are OpenAI's; `top_k`, `min_p`, `min_tokens`, `ignore_eos`, `repetition_penalty`,
+    `stop_token_ids` and `cache_salt` (requests of one key share cached prefixes where it is the same) are the extensions that other
+    self-hosted servers have, under their names.
 
     `user` and `metadata` are accepted and recorded nowhere: they change no answer at OpenAI either.
     """
@@ -130,6 +131,7 @@ class GenerationRequest(ApiModel):
     n: int = Field(default=1, ge=1, le=MAX_CHOICES)
     stream: bool = False
     stream_options: StreamOptions | None = None
+    cache_salt: str = Field(default="", max_length=256)
     user: str | None = Field(default=None, max_length=1024)
     metadata: Annotated[dict[str, str], BeforeValidator(_metadata)] = {}
 

@@ -271,3 +271,11 @@ def test_api_key(serve: Any) -> None:
         assert server.http.get("/health").status_code == server.http.get("/metrics").status_code == 200
         with pytest.raises(openai.AuthenticationError):
             server.openai.models.list()
+
+
+def test_several_api_keys(serve: Any) -> None:
+    with serve(api_key="correct horse", api_keys=["battery staple"]) as server:
+        for key, status in (("correct horse", 200), ("battery staple", 200), ("battery horse", 401), ("correct", 401)):
+            assert server.http.get("/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code == status
+    with serve(api_keys=["battery staple"]) as server:
+        assert server.http.get("/v1/models").status_code == 401

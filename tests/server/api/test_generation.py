@@ -169,7 +169,28 @@ def test_errors_before_the_first_event_have_their_status(server: Any) -> None:
         with pytest.raises(openai.InternalServerError) as caught:
             server.openai.chat.completions.create(model="demo", messages=MESSAGES, stream=stream)
         assert caught.value.status_code == 503 and caught.value.code == "overloaded"
-        assert "Retry-After" in caught.value.response.headers
+        assert caught.value.response.headers["Retry-After"] == "2"
+
+
+@pytest.mark.parametrize(("seconds", "header"), [(0.2, "1"), (7.01, "8"), (60.0, "60")])
+def test_retry_after_is_the_queues_own_estimate_rounded_up(server: Any, seconds: float, header: str) -> None:
+    from quantizers.errors import Overloaded
+
+    server.engine.refuse = Overloaded("the queue is full", code="queue_full", retry_after_seconds=seconds)
+    answer = server.http.post("/v1/completions", json={"model": "demo", "prompt": "a"})
+    assert (answer.status_code, answer.headers["Retry-After"]) == (503, header)
+
+
+def test_prefixes_are_shared_within_a_key_and_a_salt_only(server: Any) -> None:
+    """The engine shares cached prefixes between requests of one salt (tests of the engine): every pair of origins must differ in it."""
+    origins = [({}, {}), ({"Authorization": "Bearer one"}, {}), ({"Authorization": "Bearer two"}, {}), ({}, {"cache_salt": "s"})]
+    origins.append(({"Authorization": "Bearer one"}, {"cache_salt": "s"}))
+    for headers, fields in [*origins, *origins]:
+        answer = server.http.post("/v1/completions", headers=headers, json={"model": "demo", "prompt": "a", "max_tokens": 1, **fields})
+        assert answer.status_code == 200
+    salts = [request.cache_salt for request in server.engine.seen]
+    assert salts[: len(origins)] == salts[len(origins) :] and len(set(salts)) == len(origins)
+    assert not any("one" in salt or "two" in salt for salt in salts), "a key is nobody's to pass on"
 
 
 def test_an_error_within_the_stream_is_its_last_event(server: Any) -> None:
