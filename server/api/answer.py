@@ -19,7 +19,7 @@ from fastapi.responses import JSONResponse, Response
 from quantizers.errors import InvalidInput, PrecisError
 from server.api.body import json_body
 from server.api.errors import error_body, status_of
-from server.api.generation import Choice, Piece, Prompt, collect, merge, run_choice
+from server.api.generation import Choice, Piece, Prompt, best, collect, merge, run_choice
 from server.api.schema import INT64, GenerationRequest
 from server.api.services import Services, services_of
 from server.api.sse import DONE, ClientGone, EventStream, event, first_of, until_disconnect
@@ -74,7 +74,7 @@ class Run(Generic[Body]):
         pieces = list(newest)
         prompt_tokens = sum(len(prompt.token_ids) for prompt in self.prompts)
         completion_tokens = sum(piece.completion_tokens for piece in pieces)
-        first_choices = [piece for piece in pieces if piece.index % self.body.n == 0]
+        first_choices = [piece for piece in pieces if piece.index % self.body.candidates == 0]
         return {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": completion_tokens,
@@ -119,7 +119,7 @@ async def _respond(services: Services, dialect: Dialect[Body], body: Body, meter
         return EventStream(_stream(run, first, pieces, meter), headers)
     whole = await collect(_chain(first, pieces), len(run.choices))
     meter.finish(_outcome(whole))
-    choices = [dialect.whole(body, piece, run.tokenizer) for piece in whole]
+    choices = [dialect.whole(body, piece, run.tokenizer) for piece in best(whole, body.candidates, body.n)]
     return JSONResponse({**run.envelope(dialect.whole_object), "choices": choices, "usage": run.usage(whole)}, headers=headers)
 
 
@@ -135,7 +135,7 @@ async def _prepare(services: Services, dialect: Dialect[Body], body: Body, key: 
     for prompt in prompts:
         _check_tokens(body, prompt, info, dialect.prompt_param)
         limit = _token_limit(body, prompt, info, dialect.prompt_param)
-        for nth in range(body.n):
+        for nth in range(body.candidates):
             index = len(choices)
             sampling = _sampling(body, limit, nth, echo=body.echoes_prompt)
             request = Request(
@@ -198,7 +198,7 @@ def _sampling(body: GenerationRequest, limit: int, nth: int, *, echo: bool) -> S
         seed=None if body.seed is None else (body.seed + nth + INT64) % (2 * INT64) - INT64,
         stop_token_ids=tuple(body.stop_token_ids),
         ignore_eos=body.ignore_eos,
-        logprobs=body.top_logprob_count,
+        logprobs=(body.top_logprob_count or 0) if body.candidates > body.n else body.top_logprob_count,  # the best are found by them
         prompt_logprobs=body.top_logprob_count if echo else None,
     )
 

@@ -15,6 +15,7 @@ from server.text.continuation import Continuation, Shown
 from server.text.tokenizer import Tokenizer
 
 LEAST_LOGPROB = -9999.0  # what OpenAI sends for an impossible token: JSON has no infinity
+CHOICES_AT_ONCE = 32  # of one request in the engine: what a step holds; the rest of many prompts waits here, not in everybody's queue
 QUEUED_PIECES = 64  # of all choices together; a slow reader holds the engine's events back rather than in memory
 
 
@@ -117,15 +118,31 @@ def _echo(choice: Choice, tokenizer: Tokenizer, started: Started) -> Piece:
     return Piece(choice.index, text, tokens)
 
 
+def best(pieces: Sequence[Piece], candidates: int, n: int) -> list[Piece]:
+    """Of every `candidates` whole choices of one prompt, the `n` of the highest mean log-probability a token, best first and numbered
+    anew. Tokens of an echoed prompt are the same in all of them and count alike."""
+    if candidates == n:
+        return list(pieces)
+    groups = [pieces[first : first + candidates] for first in range(0, len(pieces), candidates)]
+    chosen = [piece for group in groups for piece in sorted(group, key=_mean_logprob, reverse=True)[:n]]
+    return [replace(piece, index=index) for index, piece in enumerate(chosen)]
+
+
+def _mean_logprob(piece: Piece) -> float:
+    logprobs = [token.logprob.logprob for token in piece.tokens if token.logprob is not None]
+    return sum(logprobs) / len(logprobs) if logprobs else LEAST_LOGPROB
+
+
 async def merge(sources: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGenerator[Piece, None]:
-    """Pieces of all choices as they come; the first error ends all of them, and so does closing this."""
+    """Pieces of all choices as they come, CHOICES_AT_ONCE of them; the first error ends all of them, and so does closing this."""
     if len(sources) == 1:
         async with aclosing(sources[0]) as only:
             async for piece in only:
                 yield piece
         return
     queue: asyncio.Queue[Piece | BaseException | None] = asyncio.Queue(QUEUED_PIECES)
-    tasks = [asyncio.create_task(_pump(source, queue)) for source in sources]
+    turns = asyncio.Semaphore(CHOICES_AT_ONCE)
+    tasks = [asyncio.create_task(_pump(source, queue, turns)) for source in sources]
     try:
         running = len(tasks)
         while running:
@@ -143,8 +160,10 @@ async def merge(sources: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGenerato
             await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _pump(source: AsyncGenerator[Piece, None], queue: "asyncio.Queue[Piece | BaseException | None]") -> None:
-    async with aclosing(source):
+async def _pump(
+    source: AsyncGenerator[Piece, None], queue: "asyncio.Queue[Piece | BaseException | None]", turns: asyncio.Semaphore
+) -> None:
+    async with aclosing(source), turns:
         try:
             async for piece in source:
                 await queue.put(piece)

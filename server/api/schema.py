@@ -163,6 +163,11 @@ class GenerationRequest(ApiModel):
         raise NotImplementedError
 
     @property
+    def candidates(self) -> int:
+        """Choices to generate for each prompt, of which the `n` best are the answer."""
+        return self.n
+
+    @property
     def echoes_prompt(self) -> bool:
         return False
 
@@ -185,10 +190,19 @@ class CompletionRequest(GenerationRequest):
     best_of: int | None = Field(default=None, ge=1, le=20)
 
     @model_validator(mode="after")
-    def _best_of_is_n(self) -> "CompletionRequest":
-        if self.best_of is not None and self.best_of != self.n:
-            raise InvalidInput(f"best_of is {self.best_of}: only a best_of that equals n ({self.n}) is implemented", param="best_of")
+    def _best_of_is_possible(self) -> "CompletionRequest":
+        if self.best_of is not None and self.best_of < self.n:
+            raise InvalidInput(f"best_of is {self.best_of}, less than the {self.n} of n that are to be the best of them", param="best_of")
+        if self.candidates > self.n and self.stream:
+            raise InvalidInput(
+                "best_of cannot be streamed: which are the best is known at the end only; leave out stream, or let best_of equal n",
+                param="best_of",
+            )
         return self
+
+    @property
+    def candidates(self) -> int:
+        return self.n if self.best_of is None else self.best_of
 
     @property
     def top_logprob_count(self) -> int | None:

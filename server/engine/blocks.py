@@ -134,6 +134,17 @@ class BlockTable:
             held += self._size
         return min(held, limit)
 
+    def fork(self, other: "BlockTable", tokens: int) -> None:
+        """Hold the blocks of the first `tokens` tokens of `other`, the last of which may be shared in part: it is copied when written.
+
+        For an empty table, and where `other` begins with the same tokens under the same salt.
+        """
+        assert not self.blocks, "a table is forked before it is filled"
+        self.blocks = other.blocks[: -(-tokens // self._size)]
+        self._keys = other._keys[: tokens // self._size]
+        for block in self.blocks:
+            self._pool.share(block)
+
     def needed(self, start: int, end: int) -> int:
         """Blocks that `reserve(start, end)` would take from the pool."""
         missing = max(0, -(-end // self._size) - len(self.blocks))

@@ -6,6 +6,9 @@
 A step is one ragged batch under a budget of tokens: first one token for every sequence that generates, then chunks of the prompts
 that are being read, then new sequences. Order is by priority, deadline and arrival, everywhere: who comes first in it is never
 preempted for another, so that the first always gets on and, with equal priorities, nobody starves.
+
+A prompt that several sequences have in common, as the choices of one request do, is read once: the others wait until it is, and then
+hold the same blocks, each of which is copied when one of them writes into it.
 """
 
 import bisect
@@ -59,6 +62,9 @@ class Sequence:
         """Whether prompt positions still wait for their logits to be used."""
         return self.scored is not None and self.scored < self.prompt_tokens - 1
 
+    def begins_with(self, tokens: list[int]) -> bool:
+        return self.tokens[: len(tokens)] == tokens
+
     @property
     def order(self) -> tuple[int, float, float, int]:
         return (-self.priority, self.deadline, self.arrival, self.call)
@@ -89,6 +95,10 @@ class Step:
 
     work: tuple[Work, ...]
     copies: tuple[tuple[int, int], ...]
+
+
+def _prompt_is_read(sequence: Sequence) -> bool:
+    return sequence.computed >= sequence.prompt_tokens
 
 
 class Scheduler:
@@ -154,9 +164,13 @@ class Scheduler:
             if len(sequence.tokens) - sequence.computed > 1 and budget > 0:
                 work.append(self._chunk(sequence, budget))
                 budget -= work[-1].count
-        while budget > 0 and self.waiting and len(self.running) < self._limits.sequences:
-            sequence = self.waiting[0]
-            if not self._admit(sequence, copies):
+        for sequence in list(self.waiting):
+            if budget <= 0 or len(self.running) == self._limits.sequences:
+                break
+            twin = self._twin(sequence)
+            if twin is not None and not _prompt_is_read(twin):
+                continue  # what it needs is being computed: it follows in a step or two, without doing so again
+            if not self._admit(sequence, twin, copies):
                 break
             work.append(self._chunk(sequence, budget))
             budget -= work[-1].count
@@ -206,13 +220,30 @@ class Scheduler:
             logits_from = min(logits_from, max(start, sequence.scored))
         return Work(sequence, start, count, logits_from)
 
-    def _admit(self, sequence: Sequence, copies: list[tuple[int, int]]) -> bool:
-        """Let the first of the queue run, with blocks for all that is known of it, where those that run are expected to leave enough."""
+    def _twin(self, sequence: Sequence) -> Sequence | None:
+        """One that runs on the very same prompt and is before `sequence` in order, as the choices of one request are."""
+        if sequence.scores or sequence.generated:
+            return None
+        for other in self.running:
+            same = other.prompt_tokens == sequence.prompt_tokens and other.salt == sequence.salt and other.order < sequence.order
+            if same and other.begins_with(sequence.tokens):
+                return other
+        return None
+
+    def _admit(self, sequence: Sequence, twin: Sequence | None, copies: list[tuple[int, int]]) -> bool:
+        """Let `sequence` run, with blocks for all that is known of it, where those that run are expected to leave enough.
+
+        Blocks of its beginning are those of `twin`, to be copied when written, or what is found in the cache.
+        """
         table = BlockTable(self._pool, self._size, sequence.salt)
         limit = len(sequence.tokens) - 1  # the last is computed in any case: its logits are wanted
         if sequence.scores:
             limit = min(limit, sequence.scored or 0)
-        held = table.match(sequence.tokens, limit)
+        if twin is not None and twin.table is not None:
+            table.fork(twin.table, limit)
+            held = limit
+        else:
+            held = table.match(sequence.tokens, limit)
         length = len(sequence.tokens)
         need = table.needed(held, length) + (self._growth(sequence) + sum(map(self._growth, self.running)) if self.running else 0)
         if need > self._pool.free:

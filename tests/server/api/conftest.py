@@ -59,6 +59,9 @@ class ScriptedEngine:
     token_seconds: float = 0.0
     start_seconds: float = 0.0
     eos_after: int | None = None  # tokens, unless ignore_eos
+    likelihood: dict[int | None, float] = field(default_factory=dict)  # seed -> log-probability of every token, else -1
+    at_once: int = 0
+    most_at_once: int = 0
     alive: bool = True
     restarts: int = 0
 
@@ -71,6 +74,8 @@ class ScriptedEngine:
 
     async def generate(self, request: Request) -> AsyncGenerator[Started | Token | Finished, None]:
         self.seen.append(request)
+        self.at_once += 1
+        self.most_at_once = max(self.most_at_once, self.at_once)
         ended = False
         try:
             await asyncio.sleep(self.start_seconds)
@@ -87,11 +92,14 @@ class ScriptedEngine:
                     break
                 await asyncio.sleep(self.token_seconds)
                 token_id = self.script[(at + count) % len(self.script)]
-                yield Token(token_id=token_id, logprob=None if sampling.logprobs is None else self._logprob(token_id, sampling.logprobs))
+                value = self.likelihood.get(sampling.seed, -1.0)
+                logprob = None if sampling.logprobs is None else self._logprob(token_id, sampling.logprobs, value)
+                yield Token(token_id=token_id, logprob=logprob)
                 count += 1
             ended = True
             yield Finished(reason=reason, prompt_tokens=len(request.prompt_token_ids), cached_tokens=1, completion_tokens=count)
         finally:
+            self.at_once -= 1
             if not ended:
                 self.closed.append(request.id)
 
@@ -101,9 +109,9 @@ class ScriptedEngine:
             logprobs = (None, *(self._logprob(token_id, top) for token_id in request.prompt_token_ids[1:]))
         return Started(prompt_tokens=len(request.prompt_token_ids), prompt_logprobs=logprobs)
 
-    def _logprob(self, token_id: int, top: int) -> TokenLogprob:
-        best = tuple((other, -1.0 - rank) for rank, other in enumerate([token_id, *range(100, 120)][:top]))
-        return TokenLogprob(token_id=token_id, logprob=-1.0, top=best)
+    def _logprob(self, token_id: int, top: int, value: float = -1.0) -> TokenLogprob:
+        best = tuple((other, value - rank) for rank, other in enumerate([token_id, *range(100, 120)][:top]))
+        return TokenLogprob(token_id=token_id, logprob=value, top=best)
 
     async def load(self, spec: VariantSpec) -> ResidentInfo:
         self.specs.append(spec)

@@ -101,7 +101,9 @@ BAD_COMPLETIONS = [
     ({"logprobs": 21}, 400, "logprobs"),
     ({"logprobs": True}, 400, "logprobs"),
     ({"echo": "yes"}, 400, "echo"),
-    ({"best_of": 2}, 400, "best_of"),
+    ({"best_of": 21}, 400, "best_of"),
+    ({"best_of": 1, "n": 2}, 400, "best_of"),
+    ({"best_of": 2, "stream": True}, 400, "best_of"),
     ({"suffix": "x"}, 400, "suffix"),
     ({"messages": []}, 400, "messages"),
 ]

@@ -78,6 +78,24 @@ def test_several_prompts_and_choices_are_indexed_and_seeded(server: Any) -> None
     assert streamed == expected
 
 
+def test_best_of_gives_the_likeliest_and_counts_all(server: Any) -> None:
+    server.engine.likelihood = {0: -3.0, 1: -0.5, 2: -2.0, 3: -0.7}
+    answer = server.openai.completions.create(model="demo", prompt=["one", "two"], n=2, best_of=4, seed=0, max_tokens=12)
+    expected = [server.script_text(prompt, 12, seed) for prompt in ("one", "two") for seed in (1, 3)]
+    assert [(choice.index, choice.text) for choice in answer.choices] == list(enumerate(expected))
+    assert all(choice.logprobs is None for choice in answer.choices), "nobody asked for them"
+    assert answer.usage.completion_tokens == 8 * 12 and answer.usage.prompt_tokens == 2
+    assert answer.usage.prompt_tokens_details.cached_tokens == 2
+    (one,) = server.openai.completions.create(model="demo", prompt="one", best_of=4, seed=0, max_tokens=12, logprobs=1).choices
+    assert one.text == server.script_text("one", 12, 1) and one.logprobs.token_logprobs == [-0.5] * 12
+
+
+def test_a_request_of_many_choices_does_not_fill_the_queue_by_itself(server: Any) -> None:
+    server.engine.token_seconds = 0.01
+    answer = server.openai.completions.create(model="demo", prompt=[f"{index}" for index in range(64)], n=2, max_tokens=1)
+    assert len(answer.choices) == 128 and server.engine.most_at_once <= 32
+
+
 def test_seed_wraps_in_64_bits(server: Any) -> None:
     server.openai.completions.create(model="demo", prompt="a", n=2, seed=2**63 - 1, max_tokens=1)
     assert {request.sampling.seed for request in server.engine.seen} == {2**63 - 1, -(2**63)}

@@ -290,6 +290,17 @@ def test_a_seed_gives_its_text_whatever_is_beside_it(runner: Runner, prompts: li
     assert tokens_of(beside) == tokens_of(alone) != tokens_of(other)
 
 
+def test_choices_of_one_prompt_are_those_of_each_alone(runner: Runner, prompts: list[tuple[int, ...]]) -> None:
+    """The prompt is read once and its blocks are held together, which no token may show."""
+    requests = [request_of(prompts[20], seed=seed, temperature=1.0, max_tokens=20, ignore_eos=True) for seed in range(4)]
+    driver = Driver(runner)
+    together = driver.run(requests)
+    assert [finished(events).cached_tokens for events in together] == [0, *[len(prompts[20]) - 1] * 3]
+    alone = [Driver(runner).run([request])[0] for request in requests]
+    assert [tokens_of(events) for events in together] == [tokens_of(events) for events in alone]
+    assert len({tuple(tokens_of(events)) for events in together}) == 4
+
+
 def test_what_cannot_be_sampled_fails_alone(runner: Runner) -> None:
     good, bad = Driver(runner).run([request_of((5, 6), ignore_eos=True), request_of((5, 6), logit_bias={7: float("1e39")})])
     finished(good)

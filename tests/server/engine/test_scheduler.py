@@ -95,6 +95,8 @@ def test_random_arrivals_and_cancellations(seed: int, blocks: int) -> None:
     ended: list[Sequence] = []
     for call in range(25):
         prompt = choose.choices([0, 1], k=choose.randint(1, 16))
+        if prompts and choose.random() < 0.3:  # another choice of the same prompt
+            prompt = prompts[choose.choice(list(prompts))]
         sequence = Sequence(call, list(prompt), choose.randint(1, 24 - len(prompt)), call, scored=choose.choice([None, None, 0]))
         sequence.priority = choose.choice([0, 0, 0, 1])
         if not model.scheduler.fits(sequence.prompt_tokens + sequence.max_tokens):
@@ -189,6 +191,46 @@ def test_a_prompt_seen_before_is_not_computed_again() -> None:
         while model.scheduler.busy:
             model.run()
         assert sequence.cached == (0 if call == 1 else 8)
+
+
+@pytest.mark.parametrize("length", [7, 8, 9, 20])
+def test_choices_of_one_prompt_read_it_once_and_hold_its_blocks_together(length: int) -> None:
+    """Ends of prompts inside a block, at its end, just behind it, and prompts of two steps."""
+    model = Model(60)
+    sequences = [Sequence(call, list(range(length)), 6, 0.0) for call in range(4)]
+    other = Sequence(9, list(range(length)), 6, 0.0, salt="another key's")
+    for sequence in (*sequences, other):
+        model.scheduler.add(sequence)
+    computed, most = 0, 0
+    while model.scheduler.busy:
+        step = model.scheduler.schedule()
+        assert step is not None
+        model.check(step)
+        for source, target in step.copies:
+            model.cache[target] = list(model.cache[source])
+        computed += sum(work.count for work in step.work if not work.sequence.generated)
+        for work in step.work:
+            model.write(work)
+        most = max(most, model.pool.used)
+        for work in step.work:
+            model.finish(work)
+    assert computed == 2 * length + 3, "read once for each salt; three more choices compute their last token"
+    assert all(sequence.tokens == expected(list(range(length)), 6) for sequence in (*sequences, other))
+    assert [sequence.cached for sequence in sequences] == [0, *[length - 1] * 3] and other.cached == 0
+    shared, whole = (length - 1) // SIZE, -(-(length + 5) // SIZE)
+    assert most <= 2 * shared + 5 * (whole - shared), "what is not written is not copied"
+
+
+def test_a_choice_whose_twin_is_cancelled_reads_the_prompt_itself() -> None:
+    model = Model(60)
+    first, second = Sequence(1, list(range(20)), 6, 0.0), Sequence(2, list(range(20)), 6, 0.0)
+    model.scheduler.add(first)
+    model.scheduler.add(second)
+    model.run()
+    model.scheduler.remove(first)
+    while model.scheduler.busy:
+        model.run()
+    assert second.tokens == expected(list(range(20)), 6)
 
 
 @pytest.mark.parametrize("cost", [(1.0, 1.0), (1.0, 0.01), (0.2, 5.0)])
