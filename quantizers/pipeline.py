@@ -23,6 +23,7 @@ from quantizers.methods.rtn import Rtn, quantize_nearest
 from quantizers.mixed import SAMPLES as MIXED_SAMPLES
 from quantizers.mixed import Offer, offers, spend
 from quantizers.model import fill_computed_buffers, recipe_layers
+from quantizers.products import quick_products
 from quantizers.recipe import Recipe
 from quantizers.scheme import FloatScheme, MixedScheme
 from quantizers.skeleton import match_tensors, put_tensor, skeleton
@@ -94,7 +95,7 @@ def quantize(
     if isinstance(recipe.scheme, FloatScheme):
         raise InvalidInput(f"{recipe.slug} is a baseline: there is nothing to quantize, load it as it is", param="model")
     _check_calibration(config, recipe, calibration)
-    with PeakMemory(device) as peak, torch.random.fork_rng(), torch.no_grad():
+    with PeakMemory(device) as peak, torch.random.fork_rng(), torch.no_grad(), quick_products():
         torch.manual_seed(seed)
         walk = _Walk(config, source, recipe, sink, torch.device(device), progress)
         walk.check_rest()
