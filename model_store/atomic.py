@@ -18,7 +18,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from quantizers.errors import Conflict, TooLarge
+from quantizers.errors import Conflict, InvalidInput, TooLarge
 
 CHUNK = 1 << 20  # bytes a read: large enough to be bound by the disk, small enough to hold many
 
@@ -100,6 +100,37 @@ class Staging:
                 grave.unlink()
 
 
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder to fill that becomes `target`, anywhere on the disk, where the block ends well; where it does not, nothing is left.
+
+    Raises Conflict where `target` exists and is no empty folder, InvalidInput where it cannot be written.
+    """
+    target = target.resolve()
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise Conflict(f"{str(target)!r} exists already: name a folder that does not, or an empty one")
+    staged = target.parent / f".{target.name}.{secrets.token_hex(4)}.part"  # beside it: a rename stays within a file system
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staged.mkdir()
+    except OSError as error:
+        raise InvalidInput(f"{str(target)!r} cannot be written: {error.strerror}") from error
+    try:
+        with disk_full_is_too_large():
+            yield staged
+            for path in [*staged.rglob("*"), staged]:
+                flush(path)
+        try:
+            staged.rename(target)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise Conflict(f"{str(target)!r} was written by something else meanwhile: choose another folder") from error
+            raise
+        flush(target.parent)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
 def flush(path: Path) -> None:
     """fsync a file, or a folder's list of entries."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -126,7 +157,7 @@ def disk_full_is_too_large() -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise TooLarge("the disk of the data directory is full: delete variants or checkpoints, then try again") from error
+            raise TooLarge("the disk is full: delete variants or checkpoints, then try again") from error
         raise
 
 

@@ -1,10 +1,12 @@
 """QuantizedLinear: the one module that replaces `nn.Linear`. It holds what its kernel needs and nothing else."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from quantizers.errors import CorruptData
-from quantizers.kernels import LayerKind, select
+from quantizers.kernels import Kernel, LayerKind, select
 from quantizers.weights import QuantizedScheme, QuantizedWeight
 
 
@@ -12,18 +14,26 @@ class QuantizedLinear(nn.Module):
     """`y = x @ w.T + bias` with a quantized `w` [out_features, in_features].
 
     Made empty (its buffers on the meta device, of the final shapes and dtypes, so that bytes can be counted before they exist) and
-    filled by `load`. `dtype` is the input's and the bias's, `device` where it will run: both decide the kernel.
+    filled by `load`. `dtype` is the input's and the bias's, `device` where it will run: both decide the kernel, which `choose` names.
     """
 
     def __init__(
-        self, scheme: QuantizedScheme, in_features: int, out_features: int, *, bias: bool, dtype: torch.dtype, device: torch.device
+        self,
+        scheme: QuantizedScheme,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+        choose: Callable[[LayerKind], Kernel] = select,
     ) -> None:
         super().__init__()
         self.scheme = scheme
         self.in_features = in_features
         self.out_features = out_features
         self.device = device
-        self._kernel = select(LayerKind(scheme, out_features, in_features, dtype, device))
+        self._kernel = choose(LayerKind(scheme, out_features, in_features, dtype, device))
         for name, (shape, buffer_dtype) in self._kernel.specs().items():
             self.register_buffer(name, torch.empty(shape, dtype=buffer_dtype, device="meta"))
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device="meta"), requires_grad=False) if bias else None

@@ -2,7 +2,7 @@
 
 import gc
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -12,6 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 from quantizers.blocks import decoder_blocks, layer_shape, linear_layers, output_matrix, replace
 from quantizers.errors import CorruptData, InvalidInput
+from quantizers.kernels import Kernel, LayerKind, select
+from quantizers.kernels.reference import Reference
 from quantizers.linear import QuantizedLinear
 from quantizers.packing import packed_width
 from quantizers.recipe import Recipe
@@ -76,20 +78,49 @@ def load_model(
     Raises CorruptData where a tensor is missing, left over, of another shape or format; InvalidInput where recipe and artifact do not
     go together.
     """
+    return _load(config, recipe, checkpoint, artifact, torch.device(device), shared, checkpoint_key, DTYPES[recipe.dtype], select)
+
+
+def load_reference(
+    config: PretrainedConfig,
+    recipe: Recipe,
+    checkpoint: TensorSource,
+    artifact: TensorSource,
+    *,
+    device: str,
+    shared: SharedTensors,
+    checkpoint_key: str,
+) -> LoadedModel:
+    """The same numbers as `load_model` serves, in fp32 arithmetic by the reference kernel of each format: nothing is rounded but what
+    the format says. What a recipe leaves alone is the checkpoint's, in fp32. Raises as `load_model` does.
+    """
+    return _load(config, recipe, checkpoint, artifact, torch.device(device), shared, checkpoint_key, torch.float32, Reference)
+
+
+def _load(
+    config: PretrainedConfig,
+    recipe: Recipe,
+    checkpoint: TensorSource,
+    artifact: TensorSource | None,
+    device: torch.device,
+    shared: SharedTensors,
+    checkpoint_key: str,
+    dtype: torch.dtype,
+    choose: Callable[[LayerKind], Kernel],
+) -> LoadedModel:
     if recipe.is_baseline != (artifact is None):
         raise InvalidInput(
             f"{recipe.slug} is a baseline and has no artifact" if recipe.is_baseline else f"{recipe.slug} needs an artifact: quantize first"
         )
-    target = torch.device(device)
-    plan = _plan(config, recipe, checkpoint, artifact, target)
+    plan = _plan(config, recipe, checkpoint, artifact, device, dtype, choose)
     if artifact is not None:
         _fill_quantized(plan.quantized, plan.replaced, artifact)
         for name in plan.replaced:
-            dtype = serving_dtype(plan.model, name, plan.dtype)
-            put_tensor(plan.model, name, artifact.get(name).to(device=target, dtype=dtype))
+            served = serving_dtype(plan.model, name, plan.dtype)
+            put_tensor(plan.model, name, artifact.get(name).to(device=device, dtype=served))
     keys: list[SharedKey] = []
     try:
-        _fill_unquantized(plan, checkpoint, target, shared, checkpoint_key, keys)
+        _fill_unquantized(plan, checkpoint, device, shared, checkpoint_key, keys)
         return _measured(plan, shared, keys)
     except BaseException:
         for key in keys:
@@ -104,7 +135,7 @@ def predict_bytes(
 
     Without an artifact (there may be none yet) the norms that a method is going to change count as shared.
     """
-    plan = _plan(config, recipe, checkpoint, artifact, torch.device(device))
+    plan = _plan(config, recipe, checkpoint, artifact, torch.device(device), DTYPES[recipe.dtype], select)
     sizes: dict[str, int] = {}
     for name, key in plan.tensors.items():
         sizes[key] = checkpoint_numel(checkpoint, key) * serving_dtype(plan.model, name, plan.dtype).itemsize
@@ -121,30 +152,35 @@ def checkpoint_numel(checkpoint: TensorSource, key: str) -> int:
     return torch.Size(checkpoint.shape(key)).numel()
 
 
-def _plan(config: PretrainedConfig, recipe: Recipe, checkpoint: TensorSource, artifact: TensorSource | None, device: torch.device) -> _Plan:
-    dtype = DTYPES[recipe.dtype]
+def _plan(
+    config: PretrainedConfig,
+    recipe: Recipe,
+    checkpoint: TensorSource,
+    artifact: TensorSource | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    choose: Callable[[LayerKind], Kernel],
+) -> _Plan:
     model = skeleton(config, dtype)
     tensors = match_tensors(model, checkpoint)
-    layers = recipe_layers(model, recipe)
     quantized: dict[str, QuantizedLinear] = {}
     own: set[str] = set()
     if isinstance(recipe.scheme, FloatScheme):
         blocks = decoder_blocks(model)
         own = {tensors[f"{name}.weight"] for prefix, block in blocks.items() for name in linear_layers(block, prefix)}
-    for name, format_ in layers.items():
+    for name, scheme in stored_layers(model, recipe, artifact).items():
         layer = model.get_submodule(name)
         rows, columns = layer_shape(layer)
-        scheme = _given(format_, artifact, name, columns) if isinstance(format_, MixedScheme) else format_
-        quantized[name] = QuantizedLinear(scheme, columns, rows, bias=layer.bias is not None, dtype=dtype, device=device)
+        quantized[name] = QuantizedLinear(scheme, columns, rows, bias=layer.bias is not None, dtype=dtype, device=device, choose=choose)
         del tensors[f"{name}.weight"]
-    replaced = _replaced(model, recipe, tensors.keys(), artifact)
+    replaced = replaced_tensors(model, recipe, tensors.keys(), artifact)
     fill_computed_buffers(model, device)
     replace(model, quantized)
     return _Plan(model, quantized, {name: key for name, key in tensors.items() if name not in replaced}, own, replaced, dtype)
 
 
-def _replaced(model: PreTrainedModel, recipe: Recipe, unquantized: Collection[str], artifact: TensorSource | None) -> set[str]:
-    """Those of the `unquantized` tensors of blocks that `artifact` holds. Raises CorruptData for one of another shape."""
+def replaced_tensors(model: PreTrainedModel, recipe: Recipe, unquantized: Collection[str], artifact: TensorSource | None) -> set[str]:
+    """Full names of those of the `unquantized` tensors of blocks that `artifact` holds. Raises CorruptData for one of another shape."""
     if artifact is None or not any(method.changes_unquantized for method in recipe.methods):
         return set()
     inside = tuple(f"{name}." for name in decoder_blocks(model))
@@ -183,6 +219,14 @@ def recipe_layers(model: PreTrainedModel, recipe: Recipe) -> dict[str, Quantized
     return layers
 
 
+def stored_layers(model: PreTrainedModel, recipe: Recipe, artifact: TensorSource | None) -> dict[str, QuantizedScheme]:
+    """`recipe_layers`, with the format that each layer of a mixed recipe has in `artifact`. Raises CorruptData where it has none."""
+    return {
+        name: _given(scheme, artifact, name, layer_shape(model.get_submodule(name))[1]) if isinstance(scheme, MixedScheme) else scheme
+        for name, scheme in recipe_layers(model, recipe).items()
+    }
+
+
 def _given(scheme: MixedScheme, artifact: TensorSource | None, name: str, columns: int) -> IntegerScheme:
     """The format that a layer was given, read from the shape of its codes; without an artifact one that the budget affords everywhere."""
     if artifact is None:
@@ -198,21 +242,34 @@ def _given(scheme: MixedScheme, artifact: TensorSource | None, name: str, column
 
 
 def _fill_quantized(layers: dict[str, QuantizedLinear], replaced: set[str], artifact: TensorSource) -> None:
-    expected = {
-        f"{name}.{tensor}": name
-        for name, layer in layers.items()
-        for tensor in tensor_specs(layer.scheme, layer.out_features, layer.in_features)
-    }
-    found = set(artifact.keys()) - replaced
-    if found != expected.keys():
-        missing, unexpected = sorted(expected.keys() - found)[:5], sorted(found - expected.keys())[:5]
-        raise CorruptData(f"the artifact is not this recipe's: it lacks {missing or 'nothing'} and has {unexpected or 'nothing'} beyond it")
-    for name, layer in layers.items():
-        tensors = {tensor: artifact.get(f"{name}.{tensor}") for tensor in tensor_specs(layer.scheme, layer.out_features, layer.in_features)}
+    shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
+    for name, weight in read_layers(artifact, {name: layer.scheme for name, layer in layers.items()}, shapes, replaced):
         try:
-            layer.load(QuantizedWeight(layer.scheme, layer.out_features, layer.in_features, tensors))
+            layers[name].load(weight)
         except CorruptData as error:
             raise CorruptData(f"{name}: {error.message}") from error
+
+
+def read_layers(
+    artifact: TensorSource, schemes: Mapping[str, QuantizedScheme], shapes: Mapping[str, tuple[int, int]], replaced: Collection[str]
+) -> Iterator[tuple[str, QuantizedWeight]]:
+    """Full name and weight of every layer of `artifact`, one at a time. `shapes`: (out_features, in_features) of each.
+
+    Raises CorruptData, before the first, where the artifact lacks a tensor or has one that is neither a layer's nor `replaced`.
+    """
+    specs = {name: tensor_specs(scheme, *shapes[name]) for name, scheme in schemes.items()}
+    expected = {f"{name}.{tensor}" for name, tensors in specs.items() for tensor in tensors}
+    found = set(artifact.keys()) - set(replaced)
+    if found != expected:
+        missing, unexpected = sorted(expected - found)[:5], sorted(found - expected)[:5]
+        raise CorruptData(f"the artifact is not this recipe's: it lacks {missing or 'nothing'} and has {unexpected or 'nothing'} beyond it")
+    for name, scheme in schemes.items():
+        tensors = {tensor: artifact.get(f"{name}.{tensor}") for tensor in specs[name]}
+        try:
+            weight = QuantizedWeight(scheme, *shapes[name], tensors)
+        except CorruptData as error:
+            raise CorruptData(f"{name}: {error.message}") from error
+        yield name, weight
 
 
 def _fill_unquantized(

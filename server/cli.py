@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import ValidationError
 from pydantic_settings import SettingsError
 
-from quantizers.errors import InvalidInput, NotFound, PrecisError
+from quantizers.errors import Conflict, InvalidInput, NotFound, PrecisError
 from server.settings import Settings
 from server.sources import DEMO
 
@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command: Callable[[argparse.Namespace], None] = arguments.command
     try:
         command(arguments)
-    except (InvalidInput, NotFound) as error:
+    except (InvalidInput, NotFound, Conflict) as error:
         return _fail(error.message, 2)
     except PrecisError as error:
         return _fail(error.message, 1)
@@ -72,6 +72,16 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--plot", type=Path, metavar="FILE", help="write quality against bytes as an SVG or PNG picture")
     _add_settings(evaluate, ("data_dir", "device"))
     evaluate.set_defaults(command=_evaluate)
+
+    export = commands.add_parser("export", help="write a variant as a model folder for transformers and others")
+    export.add_argument("variant", metavar="VARIANT", help="checkpoint@recipe, such as my-model@gptq-w4g64")
+    export.add_argument("directory", type=Path, metavar="DIR", help="folder to make; an empty one may exist")
+    export.add_argument("--format", choices=["compressed-tensors"], default="compressed-tensors", help="of the quantized layers")
+    export.add_argument(
+        "--dtype", choices=["bf16", "fp16", "fp32"], help="of everything that is not quantized (default bf16, a baseline's own)"
+    )
+    _add_settings(export, ("data_dir",))
+    export.set_defaults(command=_export)
 
     doctor = commands.add_parser("doctor", help="say what hardware is here, which kernels run on it, and why")
     doctor.add_argument("--json", action="store_true", help="print JSON")
@@ -144,6 +154,12 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         as_json=arguments.json,
         plot=arguments.plot,
     )
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from server.exporting import export_variant
+
+    export_variant(settings_from(arguments), arguments.variant, arguments.directory, dtype=arguments.dtype)
 
 
 def _doctor(arguments: argparse.Namespace) -> None:
