@@ -11,11 +11,14 @@ from transformers.pytorch_utils import Conv1D
 from quantizers.activations import quantize_tokens
 from quantizers.blocks import layer_shape, linear_layers
 from quantizers.errors import InvalidInput, QuantizationFailed
-from quantizers.flow import Group, Streams, find_groups
+from quantizers.flow import Chunk, Group, Streams, find_groups
+from quantizers.methods.base import Stream
+from quantizers.replay import Replay
 from quantizers.weights import QuantizedScheme, QuantizedWeight
 
 See = Callable[[Group, Tensor], None]
-Choose = Callable[[Group, Tensor], Mapping[str, QuantizedWeight]]
+SeeBoth = Callable[[Group, Tensor, Tensor | None], None]
+Choose = Callable[[Group], Mapping[str, QuantizedWeight]]
 Take = Callable[[str, QuantizedWeight, float, float], None]
 
 
@@ -45,7 +48,10 @@ class Block:
         self._take, self._index, self._streams = take, index, streams
         self._left = set(self.schemes)
         self._next_full: Tensor | None = None
-        self._next_quantized: Tensor | None = None
+        self._is_moved = False  # the quantized stream, to the next block
+        self._keeps_whole = False
+        self._whole: dict[str, Tensor] = {}  # unquantized weights that the full stream still needs, in the layers' own layout
+        self._executed: dict[str, Callable[[nn.Module, tuple[Any, ...]], Any]] = {}  # how quantized layers round their inputs
         self.groups: tuple[Group, ...] = ()
         if streams is not None:
             self.groups = find_groups(module, name, self._layers, *streams.sample(index))
@@ -66,32 +72,73 @@ class Block:
         return names, schemes[0] if schemes else None
 
     def watch(self, see: See) -> None:
-        """Run the full-precision stream through the unquantized block; `see` is given each group's input, fp32 [tokens, in_features]."""
+        """Run the full-precision stream through the unquantized block, a chunk at a time; `see` is given each group's input in it, fp32
+        [tokens, in_features].
+        """
         streams = self._flowing()
         assert streams.full is not None, "the method asks for the full stream"
         assert len(self._left) == len(self.schemes), "the full-precision stream runs before the first layer is quantized"
-        with ExitStack() as stack:
-            for group in self.groups:
-                stack.callback(self._on_input(group, lambda group, x: see(group, streams.tokens(x))))
-            self._next_full = streams.run(self.module, self._index, streams.full)
+        output = torch.empty_like(streams.full) if self._next_full is None else self._next_full
+        for chunk in streams.chunks:
+            with ExitStack() as stack:
+                for group in self.groups:
+                    hook = _input_hook(lambda x, group=group, chunk=chunk: see(group, chunk.tokens(x)))  # type: ignore[misc]
+                    stack.callback(self._layers[group.names[0]].register_forward_pre_hook(hook).remove)
+                output[chunk.samples] = chunk.calls[self._index].run(self.module, streams.full[chunk.samples])
+        self._next_full = output
 
-    def quantize_in_order(self, choose: Choose) -> None:
-        """Run the quantized stream through the block once. When it reaches a group, `choose` is given its input, fp32
-        [tokens, in_features] as the layers will see it, and returns their weights, with which the run goes on.
+    def quantize_in_order(self, wanted: frozenset[Stream], see: SeeBoth, choose: Choose) -> None:
+        """Quantize one group after the other, each on the inputs that the ones before it leave.
+
+        For every group, `see` is given its input chunk by chunk: in the quantized stream, as the layers will see it, and for the same
+        tokens in the full stream if that is `wanted` too, both fp32 [tokens, in_features]. Then `choose` returns its weights.
         """
         streams = self._flowing()
         assert streams.quantized is not None, "the method asks for the quantized stream"
-
-        def reached(group: Group, x: Tensor) -> Tensor | None:
-            seen = self._as_executed(group, x)
-            for name, weight in choose(group, streams.tokens(seen)).items():
+        follow = {"module": self.module, "index": self._index, "layers": self._layers, "groups": self.groups}
+        quantized = Replay(**follow, weights={}, hooks=self._executed, ahead=False)  # type: ignore[arg-type]
+        full = Replay(**follow, weights=self._whole, hooks={}, ahead=True) if "full" in wanted else None  # type: ignore[arg-type]
+        assert full is None or streams.full is not None, "the method asks for the full stream"
+        self._keeps_whole = full is not None
+        for step, group in enumerate(self.groups):
+            for chunk in streams.chunks:
+                exact = None if full is None else chunk.tokens(self._full_input(full, step, chunk))
+                x, _ = quantized.group_input(step, chunk, streams.quantized[chunk.samples])
+                see(group, chunk.tokens(self._as_executed(group, x)), exact)
+            if full is not None:
+                self._keeps_whole = step < len(self.groups) - 1
+                self._forget_whole(full)
+            for name, weight in choose(group).items():
                 self.put(name, weight)
-            return seen if seen is not x else None
+        self._keeps_whole = False
+        self._whole.clear()
+        if not streams.is_last(self._index):
+            for chunk in streams.chunks:
+                streams.quantized[chunk.samples] = quantized.output(chunk, streams.quantized[chunk.samples])
+        self._is_moved = True
 
-        with ExitStack() as stack:
-            for group in self.groups:
-                stack.callback(self._on_input(group, reached))
-            self._next_quantized = streams.run(self.module, self._index, streams.quantized)
+    def _full_input(self, full: Replay, step: int, chunk: Chunk) -> Tensor:
+        """The last run of a chunk also gives the block's output."""
+        streams = self._flowing()
+        assert streams.full is not None
+        x, output = full.group_input(step, chunk, streams.full[chunk.samples])
+        if output is not None:
+            if self._next_full is None:
+                self._next_full = torch.empty_like(streams.full)
+            self._next_full[chunk.samples] = output
+            full.drop(chunk)
+        return x
+
+    def _forget_whole(self, full: Replay) -> None:
+        """Unquantized weights of layers that the full stream runs no more."""
+        chunks = self._flowing().chunks
+        for name in [name for name in self._whole if all(full.has_kept(name, chunk) for chunk in chunks)]:
+            del self._whole[name]
+
+    @property
+    def calibration_tokens(self) -> int:
+        """How many tokens flow, padding left out."""
+        return self._flowing().token_count
 
     def submodule(self, name: str) -> nn.Module:
         """The module of this block with that full name."""
@@ -109,15 +156,17 @@ class Block:
         """
         if name not in self._left:
             raise QuantizationFailed("was handed over twice or is no layer of this block", layer=name)
-        if self._streams is not None and self._streams.full is not None and self._next_full is None:
+        if self._streams is not None and self._streams.full is not None and self._next_full is None and not self._keeps_whole:
             self._next_full = self._streams.run(self.module, self._index, self._streams.full)  # the last moment: the block is whole
         self._left.remove(name)
         floating, quantized = self.linears[name].weight, weight.dequantize()
         self._take(name, weight, squares(floating - quantized), squares(floating))
         if self._streams is not None and self._streams.quantized is not None:
+            if self._keeps_whole:
+                self._whole[name] = self._layers[name].weight.detach().clone()  # type: ignore[operator]
             floating.copy_(quantized)
             if getattr(weight.scheme, "activation_bits", None):
-                self._layers[name].register_forward_pre_hook(lambda _, args: (executed_tokens(args[0]), *args[1:]))
+                self._executed[name] = lambda _, args: (executed_tokens(args[0]), *args[1:])
 
     def finish(self, *, last: bool) -> None:
         """Check that every layer was handed over, and move the streams on to the next block, unless there is none."""
@@ -126,9 +175,12 @@ class Block:
         streams = self._streams
         if streams is None or last:
             return
-        if streams.quantized is not None:
-            done = self._next_quantized
-            streams.quantized = streams.run(self.module, self._index, streams.quantized) if done is None else done
+        if streams.quantized is not None and not self._is_moved:
+            # Its own tensor, unless this is the first block: there it is the other stream's input too, which is read no more.
+            with ExitStack() as stack:
+                for name, hook in self._executed.items():
+                    stack.callback(self._layers[name].register_forward_pre_hook(hook).remove)
+                streams.run_into(streams.quantized, self.module, self._index, streams.quantized)
         if streams.full is not None:
             assert self._next_full is not None, "made at the first `put` at the latest"
             streams.full = self._next_full
@@ -137,18 +189,13 @@ class Block:
         assert self._streams is not None, "only a method with `needs_calibration` asks for calibration tokens"
         return self._streams
 
-    def _on_input(self, group: Group, act: Callable[[Group, Tensor], Tensor | None]) -> Callable[[], None]:
-        """Call `act` when the first layer of `group` is called; what it returns is the layer's input instead. Returns the undoing."""
-        return self._layers[group.names[0]].register_forward_pre_hook(_input_hook(group, act)).remove
-
     def _as_executed(self, group: Group, x: Tensor) -> Tensor:
         return executed_tokens(x) if getattr(self.members(group)[1], "activation_bits", None) else x
 
 
-def _input_hook(group: Group, act: Callable[[Group, Tensor], Tensor | None]) -> Callable[[nn.Module, tuple[Any, ...]], Any]:
-    def hook(_: nn.Module, args: tuple[Any, ...]) -> Any:
-        replaced = act(group, args[0])
-        return None if replaced is None else (replaced, *args[1:])
+def _input_hook(act: Callable[[Tensor], None]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+        act(args[0])
 
     return hook
 

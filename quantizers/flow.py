@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -154,23 +155,60 @@ def _place(tensor: Tensor) -> tuple[int, int, int]:
     return tensor.untyped_storage().data_ptr(), int(tensor.storage_offset()), tensor.numel()
 
 
+CHUNK_TOKENS = 4096  # that run through a block at once: matrix products are at full speed, and what lies between layers stays small
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some samples that run through a block together: which ones, and how the model calls each of its blocks with them."""
+
+    samples: slice
+    calls: tuple[Call, ...]
+    kept: Tensor | None  # bool [tokens of the chunk], False for padding; None where there is none
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """A layer's input [..., in_features] -> [tokens, in_features] without padding, where rows are the samples' tokens in order."""
+        return _without_padding(x, self.kept)
+
+
+def _without_padding(x: Tensor, kept: Tensor | None) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    return rows[kept] if kept is not None and len(kept) == len(rows) else rows
+
+
 class Streams:
     """The calibration tokens on their way through the blocks, as the checkpoint computes them and as the quantized model so far does.
 
     full, quantized: fp32 [samples, length, hidden_size], the inputs of the block that is at work; one tensor until they differ. A stream
-    that no method of the recipe asks for is None and costs nothing.
+    that no method of the recipe asks for is None and costs nothing. Blocks run on one of `chunks` after the other, so that what is alive
+    inside of a block does not grow with the number of samples.
     """
 
-    def __init__(self, inputs: BlockInputs, sample: BlockInputs, mask: Tensor, wanted: frozenset[Stream]) -> None:
-        """`sample` are the inputs of the first sample alone; `mask` int64 [samples, length] is 1 where a token counts."""
-        self.full = inputs.hidden if "full" in wanted else None
-        self.quantized = inputs.hidden if "quantized" in wanted else None
-        self._calls, self._sample_calls = inputs.calls, sample.calls
-        self._kept = None if bool(mask.all()) else mask.view(-1).bool()
+    def __init__(
+        self, hidden: Tensor, chunks: Sequence[Chunk], sample_calls: tuple[Call, ...], mask: Tensor, wanted: frozenset[Stream]
+    ) -> None:
+        """`sample_calls` are those of the first sample alone; `mask` int64 [samples, length] is 1 where a token counts."""
+        self.full = hidden if "full" in wanted else None
+        self.quantized = hidden if "quantized" in wanted else None
+        self.chunks = tuple(chunks)
+        self._sample_calls = sample_calls
+        self.token_count = int(mask.sum())
+        self._kept = _kept(mask)
 
     def run(self, block: nn.Module, index: int, hidden: Tensor) -> Tensor:
         """The output of block `index` for all samples."""
-        return self._calls[index].run(block, hidden)
+        output = torch.empty_like(hidden)
+        self.run_into(output, block, index, hidden)
+        return output
+
+    def run_into(self, output: Tensor, block: nn.Module, index: int, hidden: Tensor) -> None:
+        """The same into `output`, which may be `hidden` itself."""
+        for chunk in self.chunks:
+            output[chunk.samples] = chunk.calls[index].run(block, hidden[chunk.samples])
+
+    def is_last(self, index: int) -> bool:
+        """Whether no block follows the block `index`."""
+        return index == len(self._sample_calls) - 1
 
     def sample(self, index: int) -> tuple[Call, Tensor]:
         """The call and the input of block `index` for the first sample alone: [1, length, hidden_size]."""
@@ -179,6 +217,26 @@ class Streams:
         return self._sample_calls[index], stream[:1]
 
     def tokens(self, x: Tensor) -> Tensor:
-        """A layer's input [..., in_features] -> [tokens, in_features] without padding, where rows are the samples' tokens in order."""
-        rows = x.reshape(-1, x.shape[-1])
-        return rows[self._kept] if self._kept is not None and len(self._kept) == len(rows) else rows
+        """`x` [samples, length, any] -> [tokens, any] without padding."""
+        return _without_padding(x, self._kept)
+
+
+def _kept(mask: Tensor) -> Tensor | None:
+    return None if bool(mask.all()) else mask.reshape(-1).bool()
+
+
+def open_streams(model: PreTrainedModel, blocks: Sequence[nn.Module], tokens: Tensor, mask: Tensor, wanted: frozenset[Stream]) -> Streams:
+    """The streams before the first block, in chunks of about CHUNK_TOKENS. Raises as `block_inputs` does."""
+    samples, length = tokens.shape
+    step = max(1, CHUNK_TOKENS // length)
+    hidden: Tensor | None = None
+    chunks = []
+    for start in range(0, samples, step):
+        rows = slice(start, min(start + step, samples))
+        inputs = block_inputs(model, blocks, tokens[rows], mask[rows])
+        if hidden is None:
+            hidden = inputs.hidden.new_empty(samples, *inputs.hidden.shape[1:])
+        hidden[rows] = inputs.hidden
+        chunks.append(Chunk(rows, inputs.calls, _kept(mask[rows])))
+    assert hidden is not None, "a calibration has samples"
+    return Streams(hidden, chunks, block_inputs(model, blocks, tokens[:1], mask[:1]).calls, mask, wanted)

@@ -8,17 +8,57 @@ from torch import Tensor
 from quantizers.errors import QuantizationFailed
 
 _ROWS = 8192  # tokens whose products are summed at once
+_STRIP = 256  # rows of a product that are computed at once
 _DAMPING_STEP = 4.0  # between two tries
 _LARGEST_DAMPING = 1.0  # of the mean diagonal: beyond it the statistics say nothing any more
 
 
+class Gram:
+    """Running mean over tokens of x_i y_j, or of x_i x_j: some tokens after the other, summed in fp32 [in, in]."""
+
+    def __init__(self) -> None:
+        self._total: Tensor | None = None
+        self._tokens = 0
+
+    def add(self, x: Tensor, y: Tensor | None = None) -> None:
+        """`x` and `y` [tokens, in], any floating dtype. Always with `y`, or never."""
+        if self._total is None:
+            self._total = torch.zeros(x.shape[-1], x.shape[-1], device=x.device)
+        for start in range(0, len(x), _ROWS):
+            left = x[start : start + _ROWS].float()
+            if y is None:
+                _add_lower(self._total, left)
+            else:
+                self._total.addmm_(left.T, y[start : start + _ROWS].float())
+        self._symmetric = y is None
+        self._tokens += len(x)
+
+    def mean(self) -> Tensor:
+        """fp32 [in, in]. To be asked for once, after at least one token: it is made in place."""
+        assert self._total is not None, "some tokens came before"
+        if self._symmetric:
+            _mirror(self._total)
+        return self._total.div_(self._tokens)
+
+
 def gram(x: Tensor, y: Tensor | None = None) -> Tensor:
     """Mean over tokens of x_i y_j (of x_i x_j without `y`): `x` and `y` [tokens, in], any floating dtype -> fp32 [in, in]."""
-    total = torch.zeros(x.shape[-1], x.shape[-1], device=x.device)
-    for start in range(0, len(x), _ROWS):
-        left = x[start : start + _ROWS].float()
-        total.addmm_(left.T, left if y is None else y[start : start + _ROWS].float())
-    return total / len(x)
+    total = Gram()
+    total.add(x, y)
+    return total.mean()
+
+
+def _add_lower(total: Tensor, x: Tensor) -> None:
+    """x^T x, a strip of rows up to the diagonal at a time: the rest is its mirror image, and nearly half of the work."""
+    for start in range(0, len(total), _STRIP):
+        end = min(start + _STRIP, len(total))
+        total[start:end, :end].addmm_(x[:, start:end].T, x[:, :end])
+
+
+def _mirror(total: Tensor) -> None:
+    for start in range(0, len(total), _STRIP):
+        end = min(start + _STRIP, len(total))
+        total[:start, start:end] = total[start:end, :start].T
 
 
 @dataclass(frozen=True)
@@ -62,8 +102,13 @@ def factors(hessian: Tensor, *, damping: float, by_magnitude: bool, layer: str) 
 
 def _inverse_factor(hessian: Tensor, ridge: float) -> Tensor | None:
     """Upper Cholesky factor of (hessian + ridge I)^-1, or None where one of the two is not positive definite."""
-    lower, failed = torch.linalg.cholesky_ex(hessian + ridge * torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device))
+    damped = hessian.clone()
+    damped.diagonal().add_(ridge)
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    del damped  # each of these matrices is twice as large as the Hessian
     if int(failed):
         return None
-    upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    inverse = torch.cholesky_inverse(lower)
+    del lower
+    upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
     return None if int(failed) or not bool(torch.isfinite(upper).all()) else upper

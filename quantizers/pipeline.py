@@ -16,7 +16,7 @@ from quantizers.block import Block, squares
 from quantizers.blocks import decoder_blocks, layer_shape
 from quantizers.calibration import Calibration
 from quantizers.errors import InvalidInput, QuantizationFailed
-from quantizers.flow import Streams, block_inputs
+from quantizers.flow import Streams, open_streams
 from quantizers.memory import PeakMemory, trim_heap
 from quantizers.methods.base import Stream
 from quantizers.methods.rtn import Rtn, quantize_nearest
@@ -185,12 +185,11 @@ class _Walk:
         for name in before:
             put_tensor(self._model, name, self._source.get(self._keys[name]).to(device=self._device, dtype=torch.float32))
         tokens, mask = calibration.tokens.to(self._device), calibration.mask.to(self._device)
-        inputs = block_inputs(self._model, list(blocks.values()), tokens, mask)
-        sample = block_inputs(self._model, list(blocks.values()), tokens[:1], mask[:1])
+        streams = open_streams(self._model, list(blocks.values()), tokens, mask, wanted)
         for name in before:
             put_tensor(self._model, name, torch.empty(self._source.shape(self._keys[name]), device="meta"))
         trim_heap()
-        return Streams(inputs, sample, mask, wanted)
+        return streams
 
     def blocks(self, streams: Streams | None) -> None:
         stack = decoder_blocks(self._model)

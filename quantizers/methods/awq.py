@@ -47,11 +47,20 @@ class Awq(Method):
             raise UnsupportedScheme(f"awq makes weight-only integer formats such as w4g64z, not {scheme.slug}", param="model")
 
     def apply(self, block: "Block") -> None:
-        from quantizers.hessian import gram
+        from quantizers.hessian import Gram
         from quantizers.smoothing import maker, move_scales, shared_by_heads
 
-        seen: dict[Group, tuple[Tensor, Tensor]] = {}
-        block.watch(lambda group, x: seen.__setitem__(group, (gram(x), x.abs().mean(0))))
+        grams: dict[Group, Gram] = {}
+        sums: dict[Group, Tensor] = {}
+        tokens: dict[Group, int] = {}
+
+        def see(group: "Group", x: "Tensor") -> None:
+            grams.setdefault(group, Gram()).add(x)
+            sums[group] = sums.get(group, 0) + x.abs().sum(0)
+            tokens[group] = tokens.get(group, 0) + len(x)
+
+        block.watch(see)
+        seen = {group: (gram.mean(), sums[group] / tokens[group]) for group, gram in grams.items()}
         for group, (hessian, magnitude) in seen.items():
             if not block.members(group)[0] or (group.norm is None and maker(block, group) is None):
                 continue

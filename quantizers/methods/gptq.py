@@ -56,41 +56,43 @@ class Gptq(Method):
             )
 
     def apply(self, block: "Block") -> None:
-        import torch
+        from quantizers.hessian import Gram
 
-        wanted: dict[str, Tensor] = {}
-        if self.target == "full":
+        hessian, cross = Gram(), Gram()
 
-            def keep(group: "Group", x: "Tensor") -> None:
-                wanted[group.names[0]] = x.to(torch.bfloat16)  # its errors average out over the tokens
+        def see(group: "Group", x: "Tensor", full: "Tensor | None") -> None:
+            if not block.members(group)[0]:
+                return
+            hessian.add(x)
+            if full is not None:
+                cross.add(full, x)
 
-            block.watch(keep)
+        def choose(group: "Group") -> dict[str, "QuantizedWeight"]:
+            nonlocal hessian, cross
+            if not block.members(group)[0]:
+                return {}
+            seen, hessian, cross = (hessian.mean(), cross.mean() if self.target == "full" else None), Gram(), Gram()
+            return self._group(block, group, *seen)
 
-        def choose(group: "Group", x: "Tensor") -> dict[str, "QuantizedWeight"]:
-            return self._group(block, group, x, wanted.pop(group.names[0], None))
+        block.quantize_in_order(self.streams(), see, choose)
 
-        block.quantize_in_order(choose)
-
-    def _group(self, block: "Block", group: "Group", x: "Tensor", full: "Tensor | None") -> dict[str, "QuantizedWeight"]:
+    def _group(self, block: "Block", group: "Group", hessian: "Tensor", cross: "Tensor | None") -> dict[str, "QuantizedWeight"]:
         """The layers of a group share their Hessian, so their rows are worked on together."""
         import torch
 
         from quantizers.grid import as_groups, searched_grid
-        from quantizers.hessian import factors, gram
+        from quantizers.hessian import factors
 
         names, scheme = block.members(group)
-        if scheme is None:
-            return {}
         assert isinstance(scheme, IntegerScheme), "checked by the recipe"
         first = names[0]
-        hessian = gram(x)
         found = factors(hessian, damping=self.damping, by_magnitude=self.act_order, layer=first)
         weights = [block.linears[name].weight.detach() for name in names]
         for name, weight in zip(names, weights, strict=True):
             as_groups(weight, scheme, name)
         weight = torch.cat(weights)
-        if full is not None:
-            weight = corrected(weight, gram(full, x), found)
+        if cross is not None:
+            weight = corrected(weight, cross, found)
         weight = weight.masked_fill(found.dead, 0)
         grouped = as_groups(weight, scheme, first)
         importance = hessian.diagonal().view(grouped.shape[1:])

@@ -46,14 +46,22 @@ class SmoothQuant(Method):
             raise UnsupportedScheme(f"smoothquant prepares 8-bit activations, and {scheme.slug} has none: use w8a8", param="model")
 
     def apply(self, block: "Block") -> None:
+        import torch
+
         from quantizers.smoothing import move_scales
 
         seen: dict[Group, _Seen] = {}
+        step = max(1, block.calibration_tokens // _SEARCH_TOKENS)
 
         def see(group: "Group", x: "Tensor") -> None:
-            if group.norm is not None:
-                step = max(1, len(x) // _SEARCH_TOKENS)
-                seen[group] = _Seen(x.abs().amax(0), x[::step].clone() if self.alpha == "auto" else None)
+            if group.norm is None:
+                return
+            largest, tokens = x.abs().amax(0), x[::step].clone() if self.alpha == "auto" else None
+            before = seen.get(group)
+            if before is not None:
+                largest = torch.maximum(largest, before.largest)
+                tokens = None if before.tokens is None or tokens is None else torch.cat((before.tokens, tokens))
+            seen[group] = _Seen(largest, tokens)
 
         block.watch(see)
         if not seen:

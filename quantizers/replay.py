@@ -1,0 +1,131 @@
+"""A stream of calibration tokens through a block that is being quantized group by group.
+
+A layer's statistics need the layers before it quantized, and a chunk of tokens is thrown away once it has been looked at, so each group
+of layers costs a run of every chunk up to it. What is settled is not computed again: the output of a part of the block (such as its
+attention) whose layers all have their final weights is kept, a tensor of the size of the stream.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from torch import Tensor, nn
+
+from quantizers.flow import Chunk, Group
+
+
+class _Stop(Exception):
+    """Ends a run of the block where nothing further is wanted of it."""
+
+
+class Replay:
+    """The runs of one stream.
+
+    weights: full name -> weight, in the layer's own layout, of layers that this stream computes with another weight than the module's.
+    hooks: full name -> pre-hook of the layers whose input is to be changed. Both are looked at anew in each run. ahead: the weights of
+    a group are final before its statistics are taken, as they are in the stream of full precision.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        index: int,
+        layers: Mapping[str, nn.Module],
+        groups: Sequence[Group],
+        *,
+        weights: Mapping[str, Tensor],
+        hooks: Mapping[str, Callable[..., Any]],
+        ahead: bool,
+    ) -> None:
+        self._module, self._index, self._layers, self._groups = module, index, layers, groups
+        self._weights, self._hooks, self._ahead = weights, hooks, ahead
+        self._parts = {part: step for part, step in _parts(module, layers, groups).items() if step < len(groups) - 1}
+        self._kept: dict[tuple[nn.Module, int], Any] = {}  # output of a part for the chunk that begins at that sample
+
+    def group_input(self, step: int, chunk: Chunk, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The input of group `step` for the chunk's `hidden` [samples, length, hidden_size]; beside it the block's output, where the run
+        went on to the end.
+        """
+        found: list[Tensor] = []
+        goes_on = self._ahead and (step == len(self._groups) - 1 or step in self._parts.values())
+
+        def reached(_: nn.Module, args: tuple[Any, ...]) -> None:
+            found.append(args[0])
+            if not goes_on:
+                raise _Stop
+
+        def enough(_: nn.Module, __: tuple[Any, ...]) -> None:
+            if found:
+                raise _Stop
+
+        hooks: dict[int, Callable[..., None]] = {step: reached}
+        if self._ahead and step < len(self._groups) - 1:
+            hooks[step + 1] = enough
+        output = self._run(chunk, hidden, settled=step if self._ahead else step - 1, hooks=hooks)
+        return found[0], output
+
+    def output(self, chunk: Chunk, hidden: Tensor) -> Tensor:
+        """The block's output for the chunk's `hidden`; what was kept for it is dropped."""
+        output = self._run(chunk, hidden, settled=len(self._groups), hooks={})
+        assert output is not None, "nothing stops it"
+        self.drop(chunk)
+        return output
+
+    def drop(self, chunk: Chunk) -> None:
+        """Forget what was kept for a chunk that is not run again."""
+        for part in self._parts:
+            self._kept.pop((part, chunk.samples.start), None)
+
+    def has_kept(self, name: str, chunk: Chunk) -> bool:
+        """Whether the layer `name` runs no more for this chunk."""
+        return any((part, chunk.samples.start) in self._kept for part in self._parts if self._layers[name] in set(part.modules()))
+
+    def _run(self, chunk: Chunk, hidden: Tensor, *, settled: int, hooks: Mapping[int, Callable[..., None]]) -> Tensor | None:
+        with ExitStack() as stack:
+            for name, weight in self._weights.items():
+                _exchange(stack, self._layers[name], weight)
+            for name, hook in self._hooks.items():
+                stack.callback(self._layers[name].register_forward_pre_hook(hook).remove)
+            for step, reached in hooks.items():
+                stack.callback(self._layers[self._groups[step].names[0]].register_forward_pre_hook(reached).remove)
+            for part, step in self._parts.items():
+                key = (part, chunk.samples.start)
+                if key in self._kept:
+                    _answer_with(stack, part, self._kept[key])
+                elif step <= settled:
+                    stack.callback(part.register_forward_hook(self._keep(key, hidden)).remove)
+            try:
+                return chunk.calls[self._index].run(self._module, hidden)
+            except _Stop:
+                return None
+
+    def _keep(self, key: tuple[nn.Module, int], hidden: Tensor) -> Callable[..., None]:
+        def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+            tensors = [each for each in (output if isinstance(output, tuple) else (output,)) if each is not None]
+            if len(tensors) == 1 and isinstance(tensors[0], Tensor) and tensors[0].numel() == hidden.numel():
+                self._kept[key] = output
+
+        return hook
+
+
+def _parts(module: nn.Module, layers: Mapping[str, nn.Module], groups: Sequence[Group]) -> dict[nn.Module, int]:
+    """Children of the block that hold layers, and the last group that one of them belongs to."""
+    step_of = {layers[name]: step for step, group in enumerate(groups) for name in group.names}
+    found: dict[nn.Module, int] = {}
+    for child in module.children():
+        steps = [step_of[each] for each in child.modules() if each in step_of]
+        if steps and child not in step_of:
+            found[child] = max(steps)
+    return found
+
+
+def _exchange(stack: ExitStack, layer: nn.Module, weight: Tensor) -> None:
+    parameter = layer._parameters["weight"]
+    assert parameter is not None
+    stack.callback(setattr, parameter, "data", parameter.data)
+    parameter.data = weight
+
+
+def _answer_with(stack: ExitStack, part: nn.Module, output: Any) -> None:
+    part.forward = lambda *_, **__: output
+    stack.callback(delattr, part, "forward")
