@@ -1,6 +1,6 @@
 """One decoder block in fp32, as a method sees it: its layers, which of them share an input, and the calibration tokens that run through."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -20,6 +20,19 @@ See = Callable[[Group, Tensor], None]
 SeeBoth = Callable[[Group, Tensor, Tensor | None], None]
 Choose = Callable[[Group], Mapping[str, QuantizedWeight]]
 Take = Callable[[str, QuantizedWeight, float, float], None]
+
+
+def one_format(names: Iterable[str], schemes: Mapping[str, QuantizedScheme]) -> tuple[tuple[str, ...], QuantizedScheme | None]:
+    """Those of `names`, layers that share an input, that have a format, and which one. Raises InvalidInput where they have several."""
+    chosen = tuple(name for name in names if name in schemes)
+    for name in chosen:
+        if schemes[name] != schemes[chosen[0]]:
+            raise InvalidInput(
+                f"{chosen[0]} and {name} share an input but are to be {schemes[chosen[0]].slug} and {schemes[name].slug}: "
+                "give them one format",
+                param="model",
+            )
+    return chosen, schemes[chosen[0]] if chosen else None
 
 
 class Block:
@@ -61,15 +74,7 @@ class Block:
 
         Raises InvalidInput where they have different ones: what shares an input is worked on, and executed, together.
         """
-        names = tuple(name for name in group.names if name in self.schemes)
-        schemes = [self.schemes[name] for name in names]
-        for name, scheme in zip(names, schemes, strict=True):
-            if scheme != schemes[0]:
-                raise InvalidInput(
-                    f"{names[0]} and {name} share an input but are to be {schemes[0].slug} and {scheme.slug}: give them one format",
-                    param="model",
-                )
-        return names, schemes[0] if schemes else None
+        return one_format(group.names, self.schemes)
 
     def watch(self, see: See) -> None:
         """Run the full-precision stream through the unquantized block, a chunk at a time; `see` is given each group's input in it, fp32

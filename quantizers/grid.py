@@ -77,6 +77,14 @@ class Grid:
 def as_groups(weight: Tensor, scheme: IntegerScheme, layer: str) -> Tensor:
     """`weight` [out, in] -> fp32 [out, G, group]. Raises QuantizationFailed naming `layer` where groups do not fit or it is not finite."""
     out_features, in_features = weight.shape
+    check_groups_fit(scheme, in_features, layer)
+    if not bool(torch.isfinite(weight).all()):
+        raise QuantizationFailed("its weights hold NaN or infinity: the checkpoint is damaged", layer=layer)
+    return weight.float().view(out_features, -1, scheme.group_size or in_features)
+
+
+def check_groups_fit(scheme: IntegerScheme, in_features: int, layer: str) -> None:
+    """Raises QuantizationFailed naming `layer` where its inputs cannot be cut into the scheme's groups."""
     if not fits(scheme, in_features):
         choices = [f"g{size}" for size in GROUP_SIZES if in_features % size == 0]
         raise QuantizationFailed(
@@ -84,9 +92,6 @@ def as_groups(weight: Tensor, scheme: IntegerScheme, layer: str) -> Tensor:
             f"choose {', '.join([*choices, 'no group (per channel)'])}",
             layer=layer,
         )
-    if not bool(torch.isfinite(weight).all()):
-        raise QuantizationFailed("its weights hold NaN or infinity: the checkpoint is damaged", layer=layer)
-    return weight.float().view(out_features, -1, scheme.group_size or in_features)
 
 
 def range_grid(grouped: Tensor, scheme: IntegerScheme, layer: str) -> Grid:

@@ -2,10 +2,14 @@
 
 import ctypes
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 import psutil
 import torch
+
+from quantizers.errors import OutOfMemory
 
 _INTERVAL = 0.005  # seconds between samples on a CPU: a layer's scratch space lives for tens of milliseconds
 
@@ -59,3 +63,23 @@ def trim_heap() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+@contextmanager
+def memory_for(layer: str) -> Iterator[None]:
+    """Raises OutOfMemory naming `layer` (or the block) where an allocation inside fails."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise _refused(layer, error) from error
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # the CPU allocator's words; it has no type of its own
+            raise
+        raise _refused(layer, error) from error
+
+
+def _refused(layer: str, error: BaseException) -> OutOfMemory:
+    return OutOfMemory(
+        f"{layer}: there is not enough memory to quantize it: free some, give fewer or shorter calibration samples, or take a method that "
+        f"needs none, such as rtn ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+    )

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from quantizers.block import Block, squares
+from quantizers.block import Block, one_format, squares
 from quantizers.blocks import decoder_blocks, layer_shape
 from quantizers.calibration import Calibration
 from quantizers.errors import InvalidInput, QuantizationFailed
 from quantizers.flow import Streams, open_streams
-from quantizers.memory import PeakMemory, trim_heap
+from quantizers.memory import PeakMemory, memory_for, trim_heap
 from quantizers.methods.base import Stream
 from quantizers.methods.rtn import Rtn, quantize_nearest
 from quantizers.mixed import SAMPLES as MIXED_SAMPLES
@@ -28,10 +28,12 @@ from quantizers.recipe import Recipe
 from quantizers.scheme import FloatScheme, MixedScheme
 from quantizers.skeleton import match_tensors, put_tensor, skeleton
 from quantizers.tensors import TensorSink, TensorSource
+from quantizers.trial import check_formats, largest, try_layer
 from quantizers.weights import QuantizedScheme, QuantizedWeight, join_rows
 
 __all__ = ["Block", "LayerResult", "Progress", "QuantizationResult", "quantize"]
 
+_QUICKLY_READ = 1 << 30  # weights: a second of reading
 _ROWS = 4096  # of a matrix with a row for every token of the vocabulary: some megabytes at a time
 
 
@@ -98,7 +100,8 @@ def quantize(
     with PeakMemory(device) as peak, torch.random.fork_rng(), torch.no_grad(), quick_products():
         torch.manual_seed(seed)
         walk = _Walk(config, source, recipe, sink, torch.device(device), progress)
-        walk.check_rest()
+        walk.check()
+        walk.try_largest(0 if calibration is None else int(calibration.mask.sum()))
         if calibration is not None and isinstance(recipe.scheme, MixedScheme):
             walk.give_widths(calibration.first(MIXED_SAMPLES), recipe.scheme)
         wanted = frozenset[Stream](stream for method in recipe.methods for stream in method.streams())
@@ -154,12 +157,33 @@ class _Walk:
     def elapsed(self) -> float:
         return time.monotonic() - self._started
 
-    def check_rest(self) -> None:
-        """What is not quantized is served as it is, so it is checked too, before any work is done."""
+    def check(self) -> None:
+        """Formats, and that what is not quantized holds numbers: it is served as it is. Weights too where reading all takes a second."""
+        shapes = {name: layer_shape(self._model.get_submodule(name)) for name in self._layers}
+        check_formats(self._layers, shapes)
+        everything = sum(torch.Size(self._source.shape(key)).numel() for key in set(self._keys.values())) <= _QUICKLY_READ
         blocks = tuple(f"{name}." for name in decoder_blocks(self._model))
-        for key in sorted({key for name, key in self._keys.items() if not name.startswith(blocks)}):
+        names = {key: name for name, key in reversed(self._keys.items()) if everything or not name.startswith(blocks)}
+        for key, name in sorted(names.items()):
             for rows in torch.split(self._source.get(key), _ROWS):
-                _check_finite(rows, key)
+                _check_finite(rows, name)
+
+    def try_largest(self, tokens: int) -> None:
+        """Before the first block, quantize the largest layer on made-up inputs: what cannot succeed fails at once."""
+        blocks = tuple(f"{name}." for name in decoder_blocks(self._model))
+        shapes = {name: layer_shape(self._model.get_submodule(name)) for name in self._layers if name.startswith(blocks)}
+        if not shapes:
+            return
+        name = largest(shapes)
+        self._progress(Progress("try", 0, len(self._layers), None))
+        layer, scheme = self._model.get_submodule(name), self._layers[name]
+        self._materialise(name, layer)
+        widest = max(scheme.choices, key=lambda each: each.weight_bits) if isinstance(scheme, MixedScheme) else scheme
+        methods = self._recipe.methods
+        rounding = (Rtn(name="rtn"),) if methods[-1].role == "smoother" else ()
+        try_layer(name, layer, widest, (*methods, *rounding), tokens)
+        layer.to("meta")
+        trim_heap()
 
     def give_widths(self, calibration: Calibration, scheme: MixedScheme) -> None:
         """Look at every block once before the first is quantized, and spend the budget."""
@@ -196,15 +220,25 @@ class _Walk:
         for index, (name, module) in enumerate(stack.items()):
             self._materialise(name, module)
             block = Block(name, module, self._given(), self._take, index=index, streams=streams)
-            for method in self._recipe.methods:
-                method.apply(block)
-            if self._recipe.methods[-1].role == "smoother":
-                Rtn(name="rtn").apply(block)
+            if index == 0:
+                self._compare_formats(block, stack)
+            with memory_for(name):
+                for method in self._recipe.methods:
+                    method.apply(block)
+                if self._recipe.methods[-1].role == "smoother":
+                    Rtn(name="rtn").apply(block)
             block.finish(last=index == len(stack) - 1)
             self._write_changed(name, module, set(block.schemes))
             module.to("meta")
             del block
             trim_heap()
+
+    def _compare_formats(self, first: Block, stack: Iterable[str]) -> None:
+        """Layers that share an input in the first block do so in all of them: one format, which the last block is not to find out."""
+        given = self._given()
+        for group in first.groups:
+            for prefix in stack:
+                one_format([prefix + name.removeprefix(first.name) for name in group.names], given)
 
     def _shapes(self, names: Iterable[str]) -> Iterator[tuple[int, int]]:
         return (layer_shape(self._model.get_submodule(name)) for name in names)

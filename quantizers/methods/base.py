@@ -43,6 +43,10 @@ class Method(BaseModel):
         """Raises UnsupportedScheme where this method cannot produce `scheme`."""
         raise NotImplementedError
 
+    def for_trial(self) -> "Method":
+        """What is run on the largest layer before all others, to see whether it can: a method that trains takes fewer steps here."""
+        return self
+
     def apply(self, block: "Block") -> None:
         """Work on one decoder block: change its floating weights, or `block.put` quantized layers for them."""
         raise NotImplementedError

@@ -8,7 +8,7 @@ import torch
 from transformers import PretrainedConfig
 
 from quantizers.calibration import Calibration
-from quantizers.errors import CorruptData, InvalidInput, QuantizationFailed
+from quantizers.errors import CorruptData, InvalidInput, OutOfMemory, QuantizationFailed
 from quantizers.methods.base import METHODS, Method
 from quantizers.methods.rtn import quantize_nearest
 from quantizers.pipeline import Block, Progress, quantize
@@ -28,7 +28,8 @@ def test_every_layer_is_written_once_with_its_error(family: str, tiny: Callable)
     assert set(sink) == {f"{layer.name}.{tensor}" for layer in layers for tensor in ("codes", "scale", "zero_point")}
     assert result.bytes == sum(layer.bytes for layer in layers) == sum(tensor.nbytes for tensor in sink.values())
     assert all(0.01 < layer.relative_error < 0.2 for layer in layers), "four bits of normal weights are off by about a tenth"
-    assert [step.done for step in steps] == list(range(1, len(layers) + 1)) and steps[-1].seconds_left == 0
+    assert [step.stage for step in steps] == ["try", *["quantize"] * len(layers)]
+    assert [step.done for step in steps] == list(range(len(layers) + 1)) and steps[-1].seconds_left == 0
 
 
 def test_gpt2s_transposed_layers_are_quantized_along_their_inputs(tiny: Callable) -> None:
@@ -73,8 +74,12 @@ def test_numbers_that_are_not_finite_fail_with_the_tensors_name(tiny: Callable, 
 
 def test_groups_that_do_not_fit_fail_with_the_layers_name(tiny: Callable) -> None:
     model, checkpoint = tiny("llama")  # 64 inputs
+    sink = MemoryTensors()
     with pytest.raises(QuantizationFailed, match=r"model\.layers\.0\.self_attn\.q_proj: its 64 inputs .* choose g32, g64"):
-        quantize(model.config, checkpoint, parse_recipe("rtn-w4g128"), MemoryTensors().__setitem__)
+        quantize(model.config, checkpoint, parse_recipe("rtn-w4g128"), sink.__setitem__)
+    with pytest.raises(QuantizationFailed, match=r"model\.layers\.1\.self_attn\.o_proj: its 64 inputs .* choose g32, g64"):
+        quantize(model.config, checkpoint, parse_recipe("rtn-w4g32-layers.1.selfattn.oproj.w4g128"), sink.__setitem__)
+    assert not sink, "nothing is quantized before all formats are known to fit"
 
 
 def test_a_checkpoint_that_is_not_its_configs_is_corrupt(tiny: Callable) -> None:
@@ -88,6 +93,36 @@ def test_a_baseline_has_nothing_to_quantize(tiny: Callable) -> None:
     model, checkpoint = tiny("llama")
     with pytest.raises(InvalidInput, match="bf16 is a baseline"):
         quantize(model.config, checkpoint, parse_recipe("bf16"), MemoryTensors().__setitem__)
+
+
+@pytest.mark.parametrize("slug", ["rtn-w4g32", "gptq-w4g32", "awq-w4g32", "smoothquant-w8a8", "bnb-nf4"])
+def test_the_largest_layer_is_tried_first(slug: str, tiny: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer that its method cannot do, here for want of memory, stops the run before the first block, with every method."""
+    model, checkpoint = tiny("llama")
+    recipe, sink = parse_recipe(slug), MemoryTensors()
+    tried: list[str] = []
+
+    def refuse(name: str, *_: object) -> None:
+        tried.append(name)
+        raise MemoryError
+
+    given = calibration_tokens() if recipe.needs_calibration else None
+    quantize(model.config, checkpoint, recipe, sink.__setitem__, calibration=given)
+    assert sink, "the trial itself passes"
+    sink.clear()
+    monkeypatch.setattr(Block, "put", lambda self, name, weight: refuse(name))
+    with pytest.raises(OutOfMemory, match=r"down_proj: there is not enough memory to quantize it: free some"):
+        quantize(model.config, checkpoint, recipe, sink.__setitem__, calibration=given)
+    assert tried == ["model.layers.0.mlp.down_proj"] and not sink
+
+
+def test_a_shared_inputs_formats_are_compared_before_the_first_block(tiny: Callable) -> None:
+    model, checkpoint = tiny("llama")
+    sink = MemoryTensors()
+    recipe = parse_recipe("gptq-w4g32-layers.1.selfattn.kproj.w8g32")
+    with pytest.raises(InvalidInput, match=r"layers\.1\.self_attn\.q_proj and .*layers\.1\.self_attn\.k_proj share an input"):
+        quantize(model.config, checkpoint, recipe, sink.__setitem__, calibration=calibration_tokens())
+    assert not sink
 
 
 class Cancelled(Exception): ...
