@@ -6,7 +6,7 @@ import threading
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from quantizers.errors import CorruptData, InvalidInput
 from quantizers.tensors import TensorSource
@@ -28,17 +28,24 @@ def skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """
     try:
         with BUILDING, torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                copy.deepcopy(config), dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
-            )
+            model = _build(config, dtype)
     except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, RuntimeError) as error:
         raise InvalidInput(
-            f"transformers cannot build a causal language model with sdpa attention of this config (model_type "
+            f"transformers cannot build a causal language model of this config (model_type "
             f"{getattr(config, 'model_type', None)!r}): {error}",
             param="model",
         ) from error
     model.requires_grad_(False)
     return model.eval()
+
+
+def _build(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """With sdpa attention, or where an architecture's attention is none that sdpa can do (Gemma 2 caps its scores), with its own."""
+    supported = getattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None), "_supports_sdpa", True)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        copy.deepcopy(config), dtype=dtype, attn_implementation="sdpa" if supported else "eager", trust_remote_code=False
+    )
+    return model
 
 
 def match_tensors(model: PreTrainedModel, source: TensorSource) -> dict[str, str]:

@@ -9,6 +9,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     FalconConfig,
+    Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
@@ -16,6 +17,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     OPTConfig,
+    Phi3Config,
     PhiConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -62,16 +64,24 @@ def tiny_config(family: str) -> PretrainedConfig:
         return OPTConfig(**common, hidden_size=64, ffn_dim=128, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=64)
     if family == "falcon":  # attention and MLP side by side, one normalization feeding both
         return FalconConfig(**common, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
+    if family == "phi3":  # one layer for q, k and v, one for gate and up
+        return Phi3Config(**common, **heads, pad_token_id=0)
     if family in _ONE_HEAD_COUNT:
         return _ONE_HEAD_COUNT[family](**common, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
     assert family in ("llama", "llama-tied"), family
     return LlamaConfig(**common, **heads, tie_word_embeddings=family == "llama-tied")
 
 
-_LIKE_LLAMA = {"qwen3": Qwen3Config, "mistral": MistralConfig, "gemma": GemmaConfig, "gemma3": Gemma3TextConfig}
+_LIKE_LLAMA = {
+    "qwen3": Qwen3Config,
+    "mistral": MistralConfig,
+    "gemma": GemmaConfig,
+    "gemma2": Gemma2Config,
+    "gemma3": Gemma3TextConfig,
+}
 _ONE_HEAD_COUNT = {"phi": PhiConfig, "gpt-neox": GPTNeoXConfig}
 # Every shape of decoder that the walk is to follow; the ones of `FAMILIES` go through all tests of the loader too.
-DECODERS = ("llama", "qwen2", "gpt2", *_LIKE_LLAMA, "opt", "falcon", *_ONE_HEAD_COUNT)
+DECODERS = ("llama", "qwen2", "gpt2", *_LIKE_LLAMA, "opt", "falcon", "phi3", *_ONE_HEAD_COUNT)
 FAMILIES = ("llama", "llama-tied", "qwen2", "gpt2")
 
 
@@ -86,7 +96,8 @@ def tiny(memory_tensors: type[MemoryTensors]) -> Callable[[str], tuple[PreTraine
 
     def make(family: str) -> tuple[PreTrainedModel, MemoryTensors]:
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(tiny_config(family), attn_implementation="sdpa").eval()
+        attention = "eager" if family == "gemma2" else "sdpa"  # its scores are capped, which sdpa cannot do
+        model = AutoModelForCausalLM.from_config(tiny_config(family), attn_implementation=attention).eval()
         tied = set(model.all_tied_weights_keys)
         return model, memory_tensors({name: tensor.detach() for name, tensor in model.state_dict().items() if name not in tied})
 

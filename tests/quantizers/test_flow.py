@@ -16,9 +16,11 @@ from tests.quantizers.conftest import DECODERS, calibration_tokens
 
 LLAMA = [(["q_proj", "k_proj", "v_proj"], "input_layernorm"), (["o_proj"], None)]
 LLAMA_MLP = [(["gate_proj", "up_proj"], "post_attention_layernorm"), (["down_proj"], None)]
+GEMMA = [*LLAMA, (["gate_proj", "up_proj"], "pre_feedforward_layernorm"), (["down_proj"], None)]
 GROUPS = {
     **{family: [*LLAMA, *LLAMA_MLP] for family in ("llama", "qwen2", "qwen3", "mistral", "gemma")},
-    "gemma3": [*LLAMA, (["gate_proj", "up_proj"], "pre_feedforward_layernorm"), (["down_proj"], None)],
+    **dict.fromkeys(("gemma2", "gemma3"), GEMMA),
+    "phi3": [(["qkv_proj"], "input_layernorm"), (["o_proj"], None), (["gate_up_proj"], "post_attention_layernorm"), (["down_proj"], None)],
     "gpt2": [(["c_attn"], "ln_1"), (["c_proj"], None), (["c_fc"], "ln_2"), (["c_proj"], None)],
     "opt": [(["q_proj", "k_proj", "v_proj"], "self_attn_layer_norm"), (["out_proj"], None), (["fc1"], "final_layer_norm"), (["fc2"], None)],
     "falcon": [(["query_key_value", "dense_h_to_4h"], "input_layernorm"), (["dense"], None), (["dense_4h_to_h"], None)],
