@@ -137,7 +137,7 @@ async def _prepare(services: Services, dialect: Dialect[Body], body: Body, key: 
         limit = _token_limit(body, prompt, info, dialect.prompt_param)
         for nth in range(body.candidates):
             index = len(choices)
-            sampling = _sampling(body, limit, nth, echo=body.echoes_prompt)
+            sampling = _sampling(body, limit, nth, prompt.grammar, echo=body.echoes_prompt)
             request = Request(
                 id=f"{request_id}-{index}",
                 variant=key,
@@ -182,7 +182,7 @@ def _token_limit(body: GenerationRequest, prompt: Prompt, info: ResidentInfo, pr
     return limit
 
 
-def _sampling(body: GenerationRequest, limit: int, nth: int, *, echo: bool) -> Sampling:
+def _sampling(body: GenerationRequest, limit: int, nth: int, grammar: str | None, *, echo: bool) -> Sampling:
     """The engine's parameters of the nth choice of a prompt, whose seed is the request's plus n (wrapping in 64 bits)."""
     return Sampling(
         max_tokens=limit,
@@ -200,6 +200,7 @@ def _sampling(body: GenerationRequest, limit: int, nth: int, *, echo: bool) -> S
         ignore_eos=body.ignore_eos,
         logprobs=(body.top_logprob_count or 0) if body.candidates > body.n else body.top_logprob_count,  # the best are found by them
         prompt_logprobs=body.top_logprob_count if echo else None,
+        grammar=grammar,
     )
 
 

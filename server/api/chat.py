@@ -6,8 +6,9 @@ from fastapi import APIRouter, Request, Response
 
 from server.api.answer import answer
 from server.api.generation import Piece, Prompt, ShownToken, json_logprob
-from server.api.schema import ChatRequest
+from server.api.schema import ChatRequest, ResponseFormat
 from server.text.chat import render_chat
+from server.text.grammar import schema_grammar
 from server.text.tokenizer import Tokenizer
 
 router = APIRouter()
@@ -22,8 +23,9 @@ class ChatDialect:
     chunk_object = "chat.completion.chunk"
 
     async def prompts(self, body: ChatRequest, tokenizer: Tokenizer) -> list[Prompt]:
+        grammar = await _grammar(body.response_format)
         text = await render_chat(tokenizer, [message.for_template() for message in body.messages])
-        return [Prompt(tuple(await tokenizer.encode(text, special=False)), text)]  # the template wrote the special tokens
+        return [Prompt(tuple(await tokenizer.encode(text, special=False)), text, grammar)]  # the template wrote the special tokens
 
     def whole(self, body: ChatRequest, piece: Piece, tokenizer: Tokenizer) -> dict[str, Any]:
         return {
@@ -45,6 +47,15 @@ class ChatDialect:
             "logprobs": _logprobs(body, piece, tokenizer),
             "finish_reason": piece.finish_reason,
         }
+
+
+async def _grammar(response_format: ResponseFormat | None) -> str | None:
+    """What the answer must follow. Raises InvalidInput with the path of what is wrong in a schema."""
+    if response_format is None or response_format.type == "text":
+        return None
+    if response_format.json_schema is None:
+        return await schema_grammar({"type": "object"}, "response_format")
+    return await schema_grammar(response_format.json_schema.schema_, "response_format.json_schema.schema")
 
 
 def _logprobs(body: ChatRequest, piece: Piece, tokenizer: Tokenizer) -> dict[str, Any] | None:

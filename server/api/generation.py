@@ -21,10 +21,11 @@ QUEUED_PIECES = 64  # of all choices together; a slow reader holds the engine's 
 
 @dataclass(frozen=True)
 class Prompt:
-    """`text` is what the ids were made from, where they were made from text."""
+    """`text` is what the ids were made from, where they were; `grammar` is what the continuation must follow, if anything."""
 
     token_ids: tuple[int, ...]
     text: str | None = None
+    grammar: str | None = None
 
 
 @dataclass(frozen=True)

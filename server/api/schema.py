@@ -224,8 +224,26 @@ class Message(ApiModel):
         return message if self.name is None else {**message, "name": self.name}
 
 
-class TextFormat(ApiModel):
-    type: Literal["text"]
+class JsonSchema(ApiModel):
+    """`strict` is accepted and changes nothing: every schema is followed to the letter or refused. The description goes nowhere."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")
+    description: str | None = Field(default=None, max_length=4096)
+    schema_: dict[str, Any] = Field(default={}, alias="schema")
+    strict: bool = False
+
+
+class ResponseFormat(ApiModel):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _schema_where_it_belongs(self) -> "ResponseFormat":
+        if (self.json_schema is not None) != (self.type == "json_schema"):
+            raise InvalidInput(
+                "response_format.json_schema belongs to the type 'json_schema', and to that only", param="response_format.json_schema"
+            )
+        return self
 
 
 _TOOLS = "this server does not call functions; describe them in a message and read the answer's text"
@@ -248,7 +266,7 @@ class ChatRequest(GenerationRequest):
     max_completion_tokens: int | None = Field(default=None, ge=0, le=MAX_TOKENS)
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
-    response_format: TextFormat | None = None
+    response_format: ResponseFormat | None = None
 
     @model_validator(mode="after")
     def _chat_fits_together(self) -> "ChatRequest":
@@ -259,7 +277,14 @@ class ChatRequest(GenerationRequest):
         both = self.max_tokens is not None and self.max_completion_tokens is not None
         if both and self.max_tokens != self.max_completion_tokens:
             raise InvalidInput("max_tokens and max_completion_tokens differ: send only max_completion_tokens", param="max_tokens")
+        if self.answers_json:
+            for name in self.model_fields_set & {"min_tokens", "ignore_eos"}:
+                raise InvalidInput(f"{name} does not go with a JSON response_format, whose text ends where the JSON does", param=name)
         return self
+
+    @property
+    def answers_json(self) -> bool:
+        return self.response_format is not None and self.response_format.type != "text"
 
     @property
     def token_limit(self) -> int | None:

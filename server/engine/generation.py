@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from server.engine.grammar import Compiled
 from server.engine.interface import Finished, FinishReason, Request, Started, Token, TokenLogprob
 from server.engine.runner import Runner
 from server.engine.sampler import Sampled, check_finite, token_logprobs
@@ -17,12 +18,12 @@ from server.engine.scheduler import Sequence, Work
 class Generation:
     """The state of a request that its runner has checked."""
 
-    def __init__(self, call: int, request: Request, runner: Runner, arrival: float) -> None:
-        """`arrival` is in seconds of the clock that the scheduler's deadlines are on."""
+    def __init__(self, call: int, request: Request, runner: Runner, arrival: float, grammar: Compiled | None = None) -> None:
+        """`arrival` is in seconds of the clock that the scheduler's deadlines are on. `grammar` is this request's own copy."""
         self.id = request.id
         self._request, self._sampling = request, request.sampling
         self._end_ids = runner.end_ids(request)
-        self.sampler = runner.sampler(request)
+        self.sampler = runner.sampler(request, grammar)
         self._logprobs: list[TokenLogprob | None] = [None]
         self._started = False
         self.sequence = Sequence(
@@ -77,7 +78,9 @@ class Generation:
             return
         self.sequence.tokens.append(token)
         yield Token(token_id=token, logprob=logprob)
-        if self.sequence.generated == self._sampling.max_tokens:
+        if self.sampler.complete:
+            yield self.finished("stop")
+        elif self.sequence.generated == self._sampling.max_tokens:
             yield self.finished("length")
 
     def finished(self, reason: FinishReason) -> Finished:

@@ -46,6 +46,7 @@ class Sampling(_Message):
     ignore_eos: bool = False
     logprobs: int | None = Field(default=None, ge=0, le=20)  # None: none; N: the sampled token's and the top N
     prompt_logprobs: int | None = Field(default=None, ge=0, le=20)
+    grammar: str | None = None  # that the text must follow, as llguidance spells it (`server.text.grammar`)
 
 
 class Request(_Message):

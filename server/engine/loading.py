@@ -65,6 +65,7 @@ class FolderLoader:
                 device=self._device,
                 eos_ids=eos_ids,
                 max_model_len=max_model_len,
+                tokenizer_dir=Path(spec.checkpoint_dir),
             )
             return Variant(loaded, runner, _claim(spec, recipe, loaded.bytes))
         except BaseException:

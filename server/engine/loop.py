@@ -13,6 +13,7 @@ import logging
 import queue
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,7 @@ import torch
 from quantizers.errors import EngineUnavailable, Overloaded, PrecisError
 from server.engine.arrivals import Arrivals
 from server.engine.generation import Generation
+from server.engine.grammar import Compiled
 from server.engine.interface import Failed, Finished, Request, Started, StepStats, Token, VariantKey, VariantSpec
 from server.engine.messages import Reply, Report, RequestEvent, Stats, to_failed
 from server.engine.residents import Residents
@@ -40,6 +42,7 @@ class _Job:
     request: Request
     spec: VariantSpec
     arrival: float
+    grammar: Future[Compiled] | None = None  # once its variant is resident, where it asks for one
     generation: Generation | None = None  # once pinned
     cancelled: bool = False
 
@@ -158,11 +161,28 @@ class Loop:
         """Give to its scheduler what can run, ask for the variants of the rest."""
         for job in list(self._waiting):
             runner = self._residents.runner(job.spec)
+            if job not in self._waiting:
+                continue  # a grammar was compiled at once, and those that wait were admitted on its account
             if runner is None:
                 self._ask_for(job.spec)
-            elif not self._residents.blocked:
+            elif not self._residents.blocked and self._has_grammar(job, runner):
                 self._waiting.remove(job)
                 self._make_ready(job, runner)
+
+    def _has_grammar(self, job: _Job, runner: Runner) -> bool:
+        """Whether the job's grammar, if it has one, is compiled, or failed to be. Asks for it the first time; then it is admitted later."""
+        if job.request.sampling.grammar is None:
+            return True
+        if job.grammar is None:
+            job.grammar = runner.grammars.compile(job.request.sampling.grammar)
+            job.grammar.add_done_callback(lambda _: self._readmit())
+            return False
+        return job.grammar.done()
+
+    def _readmit(self) -> None:
+        with self._lock:
+            if not self._closed:
+                self._admit()
 
     def _make_ready(self, job: _Job, runner: Runner) -> None:
         """Check and pin; whatever is wrong is the request's last event."""
@@ -175,7 +195,8 @@ class Loop:
         self._residents.pin(key)
         try:
             scheduler = self._scheduler(job, runner, idle=first)
-            generation = Generation(job.call, job.request, runner, job.arrival)
+            grammar = None if job.grammar is None else job.grammar.result()
+            generation = Generation(job.call, job.request, runner, job.arrival, grammar)
         except Exception as error:  # noqa: BLE001 (translate() logs what is unknown)
             self._residents.unpin(key)
             self._fail(job.call, translate(error, f"request {job.request.id} on {key}"))

@@ -5,6 +5,7 @@ What is computed when is left to `scheduler`, and who may hold memory to `reside
 
 import math
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from quantizers.errors import InvalidInput, OutOfMemory
 from server.engine.blocks import BlockPool
 from server.engine.executor import Executor
+from server.engine.grammar import Compiled, Constraint, Grammars
 from server.engine.hf_executor import HfExecutor
 from server.engine.interface import Request
 from server.engine.native_executor import NativeExecutor
@@ -49,9 +51,11 @@ class Runner:
         device: torch.device,
         eos_ids: Collection[int],
         max_model_len: int,
+        tokenizer_dir: Path,
     ) -> None:
         text: Any = config.get_text_config(decoder=True)
         self.executor = executor
+        self.grammars = Grammars(tokenizer_dir)
         self.vocab_size = int(text.vocab_size)
         self.max_model_len = max_model_len
         self.eos_ids = frozenset(eos_ids)
@@ -143,7 +147,16 @@ class Runner:
         stops = frozenset(request.sampling.stop_token_ids)
         return stops if request.sampling.ignore_eos else stops | self.eos_ids
 
-    def sampler(self, request: Request) -> Sampler:
+    def sampler(self, request: Request, grammar: Compiled | None) -> Sampler:
+        """`grammar` is the request's own copy of what it must follow."""
+        end_ids, constraint = self.end_ids(request), None
+        if grammar is not None:
+            constraint = Constraint(grammar, vocab_size=self.vocab_size, end_ids=end_ids, device=self.device)
         return Sampler(
-            request.sampling, request.prompt_token_ids, vocab_size=self.vocab_size, end_ids=self.end_ids(request), device=self.device
+            request.sampling,
+            request.prompt_token_ids,
+            vocab_size=self.vocab_size,
+            end_ids=end_ids,
+            device=self.device,
+            constraint=constraint,
         )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from quantizers.errors import InvalidInput, PrecisError
+from server.engine.grammar import Constraint
 from server.engine.interface import Sampling, TokenLogprob
 
 _MINUS_INFINITY = float("-inf")
@@ -121,13 +122,21 @@ class Sampler:
     """The sampling state of one sequence: what it has seen, counted and drawn.
 
     `end_ids` are the tokens that would end the sequence; they are banned until `min_tokens` are out. Token ids of `prompt` and
-    `end_ids` must be inside the vocabulary.
+    `end_ids` must be inside the vocabulary. What `constraint` forbids is never chosen.
     """
 
     def __init__(
-        self, sampling: Sampling, prompt: Sequence[int], *, vocab_size: int, end_ids: Collection[int], device: torch.device
+        self,
+        sampling: Sampling,
+        prompt: Sequence[int],
+        *,
+        vocab_size: int,
+        end_ids: Collection[int],
+        device: torch.device,
+        constraint: Constraint | None = None,
     ) -> None:
         self._sampling = sampling
+        self._constraint = constraint
         self._seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
         self._index = 0
         self._seen = self._counts = self._bias = self._banned = None
@@ -163,7 +172,18 @@ class Sampler:
     @property
     def adjusts(self) -> bool:
         """Whether `adjust` changes anything now."""
-        return self._seen is not None or self._counts is not None or self._bias is not None or self._bans
+        parts = (self._seen, self._counts, self._bias, self._constraint)
+        return self._bans or any(part is not None for part in parts)
+
+    @property
+    def complete(self) -> bool:
+        """Nothing can follow but the end, and that need not be waited for."""
+        return self._constraint is not None and self._constraint.complete
+
+    def prepare(self) -> None:
+        """What the next token needs and is known before its logits are begins to be computed, in another thread."""
+        if self._constraint is not None:
+            self._constraint.prepare()
 
     @property
     def _bans(self) -> bool:
@@ -180,6 +200,8 @@ class Sampler:
             logits = logits + self._bias
         if self._banned is not None and self._bans:
             logits = logits.index_fill(-1, self._banned, _MINUS_INFINITY)
+        if self._constraint is not None:
+            logits = logits.masked_fill(self._constraint.forbidden(), _MINUS_INFINITY)
         return logits
 
     def draw(self) -> float:
@@ -192,10 +214,14 @@ class Sampler:
             self._seen[token] = True
         if self._counts is not None:
             self._counts[token] += 1
+        if self._constraint is not None:
+            self._constraint.accept(token)
         self._index += 1
 
-    def nothing_left(self) -> InvalidInput:
+    def nothing_left(self) -> PrecisError:
         options = self._sampling
+        if self._constraint is not None and self._constraint.failure is not None:
+            return self._constraint.failure
         return InvalidInput(
             f"no token is left: min_tokens={options.min_tokens} with {len(options.stop_token_ids)} stop_token_ids bans all, or "
             f" repetition_penalty={options.repetition_penalty} or logit_bias carries the logits out of range"

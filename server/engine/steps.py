@@ -24,6 +24,9 @@ def compute(executor: Executor, step: Step, generations: Mapping[int, Generation
     """
     for src, dst in step.copies:
         executor.copy_block(src, dst)
+    for work in step.work:
+        if work.samples:
+            generations[work.sequence.call].sampler.prepare()
     logits = _forward(executor, step.work, generations)
     outcomes: list[Outcome] = []
     for work, rows in zip(step.work, logits, strict=True):

@@ -30,7 +30,7 @@ class Tokenizer:
             ) from error
         self._rust = self.backend.backend_tokenizer
         self._added: dict[int, str] = {index: token.content for index, token in self.backend.added_tokens_decoder.items()}
-        self._special = frozenset(self.backend.all_special_ids) | {
+        self.special_ids = frozenset(self.backend.all_special_ids) | {
             index for index, token in self.backend.added_tokens_decoder.items() if token.special
         }
         self._byte_level = type(self._rust.decoder).__name__ == "ByteLevel"
@@ -86,7 +86,7 @@ class Tokenizer:
 
     def _piece_bytes(self, token_id: int) -> bytes:
         """What the token adds to the text: nothing for a special token or an id without a token."""
-        return b"" if token_id in self._special else self.token_bytes(token_id)
+        return b"" if token_id in self.special_ids else self.token_bytes(token_id)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that `token_id` stands for; a special token's are its name's (`<|im_end|>`), an id without a token has none.

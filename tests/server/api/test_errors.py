@@ -130,7 +130,20 @@ BAD_CHATS = [
     ({"tools": [{"type": "function"}]}, 400, "tools"),
     ({"functions": []}, 400, "functions"),
     ({"tool_choice": "none"}, 400, "tool_choice"),
-    ({"response_format": {"type": "json_object"}}, 400, "response_format.type"),
+    ({"response_format": {"type": "yaml"}}, 400, "response_format.type"),
+    ({"response_format": {}}, 400, "response_format.type"),
+    ({"response_format": "json"}, 400, "response_format"),
+    ({"response_format": {"type": "json_schema"}}, 400, "response_format.json_schema"),
+    ({"response_format": {"type": "text", "json_schema": {"name": "a"}}}, 400, "response_format.json_schema"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": "a b"}}}, 400, "response_format.json_schema.name"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": []}}}, 400, "response_format.json_schema.schema"),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"items": {"type": "objekt"}}}}},
+        400,
+        "response_format.json_schema.schema.items",
+    ),
+    ({"response_format": {"type": "json_object"}, "ignore_eos": True}, 400, "ignore_eos"),
+    ({"response_format": {"type": "json_object"}, "min_tokens": 1}, 400, "min_tokens"),
     ({"prompt": "a"}, 400, "prompt"),
 ]
 

@@ -96,6 +96,19 @@ def test_a_request_of_many_choices_does_not_fill_the_queue_by_itself(server: Any
     assert len(answer.choices) == 128 and server.engine.most_at_once <= 32
 
 
+def test_response_format_reaches_the_engine_as_a_grammar(server: Any) -> None:
+    schema = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"], "additionalProperties": False}
+    described = {"name": "place", "strict": True, "schema": schema, "description": "Where?"}
+    for response_format in ({"type": "text"}, {"type": "json_object"}, {"type": "json_schema", "json_schema": described}):
+        ask: Any = {"model": "demo", "messages": MESSAGES, "max_tokens": 1, "response_format": response_format}
+        server.openai.chat.completions.create(**ask)
+        assert list(server.openai.chat.completions.create(**ask, stream=True))
+    plain, _, any_object, _, whole, again = (request.sampling.grammar for request in server.engine.seen)
+    assert plain is None
+    assert json.loads(any_object)["grammars"][0]["json_schema"]["type"] == "object"
+    assert json.loads(whole)["grammars"][0]["json_schema"]["properties"] == schema["properties"] and whole == again
+
+
 def test_seed_wraps_in_64_bits(server: Any) -> None:
     server.openai.completions.create(model="demo", prompt="a", n=2, seed=2**63 - 1, max_tokens=1)
     assert {request.sampling.seed for request in server.engine.seen} == {2**63 - 1, -(2**63)}

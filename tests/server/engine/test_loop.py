@@ -1,5 +1,6 @@
 """The loop with its real threads, ledger and loader over a tiny checkpoint: order, bounds, eviction, and failures that stay alone."""
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from server.engine.messages import Reply, Report, RequestEvent
 from server.engine.residents import Residents
 from server.engine.steps import translate
 from server.residency import Claim, Ledger
+from server.text.tokenizer import Tokenizer
 
 CPU = torch.device("cpu")
 POISON, NAN = 13, 14  # token ids at which the instrumented model raises, or answers with what is not a number
@@ -275,9 +277,9 @@ def test_cancelling_wherever_a_request_is(specs: dict[str, VariantSpec]) -> None
         bench.submit(2, specs["fp32"], max_tokens=20_000)
         bench.submit(3, specs["fp32"], prompt=(1,) * 60_000)  # its prompt is being read
         bench.submit(4, specs["bf16"])  # waits for its load
-        wait_for(lambda: len(bench.events(2)) > 2)
+        wait_for(lambda: len(bench.events(2)) > 2 and bench.loop.stats().running["tiny@fp32"] == 2)
         stats = bench.loop.stats()
-        assert (stats.running["tiny@fp32"], stats.waiting["tiny@bf16"]) == (2, 1)
+        assert stats.waiting["tiny@bf16"] == 1
         assert 0 < stats.kv_cache_usage["tiny@fp32"] < 1
         assert stats.memory.residents[0].bytes["kv_cache"] > 0
         for call in (4, 3, 2, 99):
@@ -387,3 +389,38 @@ def test_a_measurement_beyond_the_budget_gives_everything_back(specs: dict[str, 
 )
 def test_allocators_errors_become_one(error: Exception) -> None:
     assert type(translate(error, "loading x")).__name__ == "OutOfMemory"
+
+
+DIGITS = '{"grammars": [{"json_schema": {"type": "array", "items": {"type": "integer", "maximum": 99}, "maxItems": 4}}]}'
+
+
+def text_of(bench: Bench, call: int, spec: VariantSpec) -> str:
+    return Tokenizer(Path(spec.checkpoint_dir)).decode([event.token_id for event in bench.events(call) if isinstance(event, Token)])
+
+
+def test_grammars_are_followed_beside_requests_without(writer: VariantSpec) -> None:
+    with running(Bench()) as bench:
+        for call in range(1, 7):
+            options = {"grammar": DIGITS, "temperature": 1.0, "seed": call} if call % 2 else {"logit_bias": {POISON: -100, NAN: -100}}
+            bench.submit(call, writer, max_tokens=300, **options)
+        bench.submit(7, writer, max_tokens=1, grammar=DIGITS)
+        bench.submit(8, writer, grammar='{"grammars": [{"json_schema": {"type": "objekt"}}]}')
+        for call in (1, 3, 5):
+            last = bench.last(call)
+            assert isinstance(last, Finished) and last.reason == "stop"
+            numbers = json.loads(text_of(bench, call, writer))
+            assert len(numbers) <= 4 and all(type(number) is int and number <= 99 for number in numbers)
+        assert [bench.last(call).reason for call in (2, 4, 6)] == ["length"] * 3  # type: ignore[union-attr]
+        cut = bench.last(7)
+        assert isinstance(cut, Finished) and (cut.reason, text_of(bench, 7, writer)) == ("length", "[")
+        failed = bench.last(8)
+        assert isinstance(failed, Failed) and (failed.kind, failed.param) == ("InvalidInput", "response_format")
+
+
+def test_a_grammar_without_a_tokenizer_fails_alone(specs: dict[str, VariantSpec]) -> None:
+    with running(Bench()) as bench:
+        bench.submit(1, specs["fp32"], grammar=DIGITS)
+        bench.submit(2, specs["fp32"])
+        failed = bench.last(1)
+        assert isinstance(failed, Failed) and failed.kind == "CorruptData"
+        assert isinstance(bench.last(2), Finished)
