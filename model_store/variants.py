@@ -28,8 +28,9 @@ _SLUG = re.compile(rf"[a-z0-9][a-z0-9.-]{{0,{MAX_SLUG - 1}}}")
 class Manifest(BaseModel):
     """What a variant is and how it came to be.
 
-    facts: of the quantization: error of each layer, seconds, peak bytes. report: what `precis evaluate` measured. canary: token ids of a
-    short prompt and their log-probabilities, compared before the variant becomes ready. `files` is filled in by `Draft.commit`.
+    facts: of the quantization: error of each layer, seconds, peak bytes. report: what `precis evaluate` measured, profile: the part of it
+    that goes by layer. canary: token ids of a short prompt and their log-probabilities, compared before the variant becomes ready.
+    `files` is filled in by `Draft.commit`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -42,6 +43,7 @@ class Manifest(BaseModel):
     files: dict[str, FileFacts] = {}
     facts: dict[str, Any] = {}
     report: dict[str, Any] | None = None
+    profile: dict[str, Any] | None = None
     canary: dict[str, Any] | None = None
 
     @property
@@ -136,9 +138,9 @@ class Variants:
             raise NotFound(f"no variant {name}@{slug}", param="model")
         self._staging.remove(self._root / name / slug)
 
-    def set_report(self, name: str, slug: str, report: Mapping[str, Any]) -> Variant:
-        """Rewrite the manifest with what was measured. A report of before is replaced."""
-        return self._rewrite(name, slug, {"report": dict(report)})
+    def set_report(self, name: str, slug: str, report: Mapping[str, Any], profile: Mapping[str, Any] | None = None) -> Variant:
+        """Rewrite the manifest with what was measured. A report of before is replaced, with its profile."""
+        return self._rewrite(name, slug, {"report": dict(report), "profile": None if profile is None else dict(profile)})
 
     def set_canary(self, name: str, slug: str, canary: Mapping[str, Any]) -> Variant:
         """Rewrite the manifest with the canary prompt's log-probabilities, as first served."""

@@ -17,17 +17,20 @@ from quantizers.calibration import Text, evaluation_text, token_windows
 from quantizers.errors import InvalidInput, NotFound
 from quantizers.evaluate import WINDOW_TOKENS
 from quantizers.evaluate import evaluate as measure
-from quantizers.model import LoadedModel, load_model
+from quantizers.model import LoadedModel, load_model, load_reference
 from quantizers.pipeline import Progress
 from quantizers.recipe import parse_recipe
-from quantizers.report import Report
+from quantizers.report import Report, quantization_of
 from quantizers.shared import SharedTensors
 from server.console import Share, bar
+from server.execution import ServedExecution
 from server.plot import plot_quality
 from server.quantizing import CalibrationSettings, ensure_variant, make_variant, read_text, resolve_device
 from server.settings import Settings
 from server.sources import open_checkpoint
 from server.text.tokenizer import Tokenizer
+
+Load = Callable[..., LoadedModel]  # `load_model` or `load_reference`
 
 
 def quantize(settings: Settings, model: str, slugs: Sequence[str], calibration: CalibrationSettings | None = None) -> None:
@@ -89,43 +92,59 @@ def _measure(store: Store, checkpoint: Checkpoint, slugs: list[str], windows: to
             with bar(f"{checkpoint.name}@{slug}") as share:
                 ensure_variant(store, checkpoint.name, slug, device=device, progress=_shares(share))
     shared = SharedTensors()
+    config = AutoConfig.from_pretrained(checkpoint.dir, local_files_only=True)
     with ExitStack() as stack, bar("evaluating") as share:
-        loaded = {slug: _load(store, checkpoint, slug, target, shared) for slug in dict.fromkeys(["fp32", *slugs])}
-        for model in loaded.values():
-            stack.callback(model.close)
-        reports = measure(loaded["fp32"].model, {slug: loaded[slug] for slug in slugs}, windows, text, progress=_shares(share))
+
+        def load(slug: str, how: Load = load_model) -> LoadedModel:
+            loaded = _load(store, checkpoint, slug, target, shared, how)
+            stack.callback(loaded.close)
+            return loaded
+
+        reference = load("fp32").model
+        variants = {slug: load(slug) for slug in slugs}
+        exact = {slug: load(slug, load_reference) for slug in slugs if not parse_recipe(slug).is_baseline}
+        executions = {slug: ServedExecution(loaded, config) for slug, loaded in variants.items()}
+        for execution in executions.values():
+            stack.callback(execution.close)
+        reports = measure(reference, variants, windows, text, executions=executions, exact=exact, progress=_shares(share))
     for slug, report in reports.items():
-        _keep(store, checkpoint, slug, report)
+        reports[slug] = _keep(store, checkpoint, slug, report)
     return reports
 
 
-def _load(store: Store, checkpoint: Checkpoint, slug: str, device: str, shared: SharedTensors) -> LoadedModel:
+def _load(store: Store, checkpoint: Checkpoint, slug: str, device: str, shared: SharedTensors, how: Load) -> LoadedModel:
     recipe = parse_recipe(slug)
     config = AutoConfig.from_pretrained(checkpoint.dir, local_files_only=True)
     artifact = None if recipe.is_baseline else store.variants.get(checkpoint.name, slug).tensors()
-    return load_model(config, recipe, checkpoint.tensors(), artifact, device=device, shared=shared, checkpoint_key=checkpoint.digest)
+    return how(config, recipe, checkpoint.tensors(), artifact, device=device, shared=shared, checkpoint_key=checkpoint.digest)
 
 
-def _keep(store: Store, checkpoint: Checkpoint, slug: str, report: Report) -> None:
-    """A baseline has no artifact, but its report needs a place: a variant of a manifest alone."""
+def _keep(store: Store, checkpoint: Checkpoint, slug: str, report: Report) -> Report:
+    """The report with what making the variant cost, as it is stored. A baseline has no artifact, but its report needs a place: a variant
+    of a manifest alone.
+    """
     recipe = parse_recipe(slug)
     if recipe.is_baseline and not store.variants.has(checkpoint.name, slug):
         with store.variants.create(checkpoint.name, slug) as draft:
             draft.commit(Manifest(checkpoint=checkpoint.name, checkpoint_digest=checkpoint.digest, recipe=recipe, slug=slug))
-    store.variants.set_report(checkpoint.name, slug, report.model_dump())
+    report = report.model_copy(update={"quantization": quantization_of(store.variants.get(checkpoint.name, slug).facts)})
+    profile = None if report.profile is None else report.profile.model_dump()
+    store.variants.set_report(checkpoint.name, slug, report.model_dump(exclude={"profile"}), profile)
+    return report
 
 
 def _table(name: str, reports: dict[str, Report]) -> Table:
     first = next(iter(reports.values()))
     title = f"{name} on {first.text}, {first.windows} windows of {first.window_tokens} tokens, {first.device}"
     table = Table("recipe", title=title, title_justify="left")
-    for column in ("perplexity", "KL to fp32", "KL p99", "top-1", "MB", "of them shared", "tokens/s", "kernels"):
+    for column in ("perplexity", "KL to fp32", "in fp32 arithmetic", "KL p99", "top-1", "MB", "of them shared", "tokens/s", "kernels"):
         table.add_column(column, justify="left" if column == "kernels" else "right")
     for slug, report in reports.items():
         table.add_row(
             slug,
             f"{report.perplexity:.3f}",
             f"{report.kl_divergence:.5f}",
+            "" if report.reference_kl_divergence is None else f"{report.reference_kl_divergence:.5f}",
             f"{report.kl_divergence_p99:.4f}",
             f"{report.top1_agreement:.1%}",
             f"{sum(report.bytes.values()) / 1e6:.1f}",

@@ -26,7 +26,7 @@ class Variant:
         self._loaded = loaded
         self.runner = runner
         self.claim = claim
-        self.kernels = _kernels(loaded.kernels, runner.executor)
+        self.kernels = kernels_of(loaded.kernels, runner.executor)
         self.bytes_by_dtype = loaded.bytes_by_dtype
 
     def close(self) -> None:
@@ -77,7 +77,7 @@ class FolderLoader:
         return choose_executor(model, config)
 
 
-def _kernels(layers: dict[str, int], executor: Executor) -> dict[str, int]:
+def kernels_of(layers: dict[str, int], executor: Executor) -> dict[str, int]:
     """Kernel -> layers, with what runs them all in one call in front."""
     if not isinstance(executor, NativeExecutor):
         return layers

@@ -1,7 +1,7 @@
 """Perplexity, KL and agreement against the same figures computed at once in fp64, and what a report may not hide."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -11,13 +11,13 @@ from transformers import PreTrainedModel
 
 from quantizers.calibration import Text
 from quantizers.errors import QuantizationFailed
-from quantizers.evaluate import decode_speed, evaluate
-from quantizers.model import LoadedModel, load_model
+from quantizers.evaluate import ModelExecution, decode_speed, evaluate
+from quantizers.model import LoadedModel, load_model, load_reference
 from quantizers.pipeline import Progress, quantize
 from quantizers.recipe import parse_recipe
 from quantizers.report import Report
 from quantizers.shared import SharedTensors
-from tests.quantizers.conftest import MemoryTensors
+from tests.quantizers.conftest import MemoryTensors, calibration_tokens
 
 TEXT = Text("counting", "one two three")
 WINDOWS = torch.randint(0, 96, (3, 48), generator=torch.Generator().manual_seed(8))
@@ -57,6 +57,93 @@ def test_figures_are_those_of_the_definitions(models: tuple[PreTrainedModel, dic
     assert report.bytes == loaded["rtn-w4g32"].bytes and report.kernels == loaded["rtn-w4g32"].kernels
     assert (report.windows, report.window_tokens, report.text_sha256) == (3, 48, TEXT.sha256)
     assert steps[-1].done == steps[-1].total == 5 and {step.stage for step in steps} == {"quality", "speed"}
+
+
+@pytest.fixture
+def smoothed(tiny: Callable) -> tuple[PreTrainedModel, dict[str, LoadedModel], dict[str, LoadedModel]]:
+    """A model whose first normalization makes one channel twenty times as wide as the others, and two w8a8 variants of it: as served,
+    and in reference arithmetic."""
+    reference, checkpoint = tiny("llama")
+    with torch.no_grad():
+        reference.model.layers[0].input_layernorm.weight[7] *= 20
+    variants, exact = {}, {}
+    for slug in ("rtn-w8a8", "smoothquant-w8a8"):
+        artifact, recipe = MemoryTensors(), parse_recipe(slug)
+        tokens = calibration_tokens() if recipe.needs_calibration else None
+        quantize(reference.config, checkpoint, recipe, artifact.__setitem__, calibration=tokens)
+        shared = {"device": "cpu", "shared": SharedTensors(), "checkpoint_key": "checkpoint"}
+        variants[slug] = load_model(reference.config, recipe, checkpoint, artifact, **shared)
+        exact[slug] = load_reference(reference.config, recipe, checkpoint, artifact, **shared)
+    return reference, variants, exact
+
+
+def test_a_profile_shows_an_outlier_and_what_smoothing_makes_of_it(
+    smoothed: tuple[PreTrainedModel, dict[str, LoadedModel], dict[str, LoadedModel]],
+) -> None:
+    reference, variants, exact = smoothed
+    reports = evaluate(reference, variants, WINDOWS, TEXT, exact=exact, decode_tokens=1)
+    profile = reports["smoothquant-w8a8"].profile
+    assert profile is not None and profile.after is not None
+    # Four inputs a block: of q, k and v; of o; of gate and up; of down.
+    names = [each.layer.removeprefix("model.layers.") for each in profile.before.inputs]
+    assert names[:4] == ["0.self_attn.q_proj", "0.self_attn.o_proj", "0.mlp.gate_proj", "0.mlp.down_proj"] and len(names) == 8
+    seen = []
+    with torch.no_grad(), reference.model.layers[0].input_layernorm.register_forward_hook(lambda _, __, out: seen.append(out)):
+        for window in WINDOWS:
+            reference(window[None])
+    largest = torch.cat(seen).abs().amax((0, 1))
+    assert profile.before.widest == "model.layers.0.self_attn.q_proj"
+    assert torch.tensor(profile.before.channels).allclose(largest) and int(largest.argmax()) == 7
+    assert profile.before.inputs[0].outlier == pytest.approx(float(largest.max() / largest.median()), rel=1e-5)
+    assert profile.after.inputs[0].outlier < profile.before.inputs[0].outlier / 2
+    assert reports["rtn-w8a8"].profile.after is None and reports["rtn-w8a8"].profile.before == profile.before
+
+
+def test_errors_of_blocks_are_those_of_the_definition(
+    smoothed: tuple[PreTrainedModel, dict[str, LoadedModel], dict[str, LoadedModel]],
+) -> None:
+    reference, variants, exact = smoothed
+    profile = evaluate(reference, variants, WINDOWS, TEXT, exact=exact, decode_tokens=1)["rtn-w8a8"].profile
+    with torch.no_grad():
+        theirs = reference(WINDOWS, output_hidden_states=True).hidden_states[1]
+        ours = exact["rtn-w8a8"].model(WINDOWS, output_hidden_states=True).hidden_states[1]
+    expected = ((ours - theirs).square().sum(-1) / theirs.square().sum(-1)).mean().sqrt()
+    assert profile.block_errors[0] == pytest.approx(float(expected), rel=1e-3) and len(profile.block_errors) == 2
+
+
+def test_a_report_says_how_far_the_kernels_are_from_reference_arithmetic(models: tuple[PreTrainedModel, dict[str, LoadedModel]]) -> None:
+    reference, loaded = models
+    variant = {"rtn-w4g32": loaded["rtn-w4g32"]}
+    report = evaluate(reference, variant, WINDOWS, TEXT, exact=variant, decode_tokens=1)["rtn-w4g32"]
+    assert report.reference_kl_divergence == report.kl_divergence and report.kernel_difference == 0
+    with torch.no_grad():
+        theirs = log_softmax(reference(WINDOWS).logits[:, :-1].double(), -1).flatten(0, 1)
+    report = evaluate(reference, variant, WINDOWS, TEXT, executions={"rtn-w4g32": Sharper(variant["rtn-w4g32"])}, exact=variant)[
+        "rtn-w4g32"
+    ]
+    with torch.no_grad():
+        ours = log_softmax(1.1 * variant["rtn-w4g32"].model(WINDOWS).logits[:, :-1].double(), -1).flatten(0, 1)
+    served = kl_div(ours, theirs, log_target=True, reduction="none").sum(-1).mean().item()
+    assert report.kl_divergence == pytest.approx(served, rel=1e-2) and report.kernels == {"sharper": 1}
+    assert (
+        report.kernel_difference == pytest.approx(served / report.reference_kl_divergence - 1, abs=0.03) and report.kernel_difference != 0
+    )
+    assert report.decode_tokens_per_second == 7
+
+
+class Sharper:
+    """An execution whose logits are all a tenth too large."""
+
+    kernels: ClassVar[dict[str, int]] = {"sharper": 1}
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self._own = ModelExecution(loaded)
+
+    def logits(self, window: torch.Tensor) -> torch.Tensor:
+        return self._own.logits(window) * 1.1
+
+    def decode_speed(self, prompt: torch.Tensor, tokens: int) -> float:
+        return 7.0
 
 
 def test_the_reference_agrees_with_itself(models: tuple[PreTrainedModel, dict[str, LoadedModel]]) -> None:
