@@ -1,0 +1,230 @@
+"""`y = x @ w.T + bias` in Triton with `w` in 2, 3, 4 or 8 bits: codes become numbers in registers, products run on the tensor cores.
+
+A program makes a tile of y: it walks the spans of its rows (`layout.py` draws them), one product of depth 32 a plane, and sums in fp32.
+The spans are cut into segments. Where there are too few tiles to fill the device (a few tokens), each program sums one segment, and a
+second kernel adds the segments; otherwise a program sums all of them, each from zero, and adds them itself. Either way the sums are
+made in one order, which depends on the layer's shape and not on how many tokens there are.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Values of ZERO, what a code stands for: scale * (q - offset), scale * (q - zero_point), scale * q + minimum, scale * table[q].
+SYMMETRIC, POINT, MINIMUM, TABLE = 0, 1, 2, 3
+
+_PROGRAMS = 256  # about two for each multiprocessor of the larger devices
+_MAX_SEGMENTS = 8
+_MIN_SPANS = 4  # of a segment: fewer would spend their time on starting
+_SUM_BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What one program makes: `rows` of the weight times `tokens`."""
+
+    rows: int
+    tokens: int
+    warps: int
+    stages: int
+
+
+# By the number of tokens up to which each is taken; chosen by counting registers, not tuned on a device.
+_TILES = ((16, Tile(64, 16, 4, 4)), (32, Tile(64, 32, 4, 4)), (64, Tile(64, 64, 4, 3)))
+_LARGE_TILE = Tile(128, 64, 8, 3)
+
+
+def tile_for(tokens: int) -> Tile:
+    return next((tile for most, tile in _TILES if tokens <= most), _LARGE_TILE)
+
+
+def segments(rows: int, spans: int) -> int:
+    """Into how many pieces the spans of a row are cut: by the layer's shape alone, so that the order of sums is too."""
+    wanted = -(-_PROGRAMS // -(-rows // _TILES[0][1].rows))
+    cut = max(1, min(wanted, _MAX_SEGMENTS, spans // _MIN_SPANS))
+    return -(-spans // -(-spans // cut))  # none of them empty
+
+
+@triton.jit
+def _number(code):
+    """int32 below 2^23 -> fp32 2^23 + code, by its bits: exact, and cheaper than a conversion."""
+    return (code | 0x4B000000).to(tl.float32, bitcast=True)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def product_kernel(
+    x,  # [tokens, columns]
+    low,  # uint8 [spans, rows, 32]
+    high,  # uint8 [spans, rows, 16], None unless BITS is 3
+    scale,  # fp16 or fp32 [groups, rows]
+    zero,  # POINT: uint8 [groups, rows], MINIMUM: fp16 [groups, rows], TABLE: fp32 [16], otherwise None
+    bias,  # [rows] or None
+    y,  # [tokens, rows]; SPLIT: fp32 [SEGMENTS, tokens, rows], the sums of each segment
+    tokens,
+    rows,
+    columns,
+    spans,
+    groups,
+    BITS: tl.constexpr,
+    ZERO: tl.constexpr,
+    GROUP: tl.constexpr,  # inputs of a group, a multiple of 32; 0: the whole row
+    SEGMENTS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    OPERAND: tl.constexpr,  # dtype of the product's operands: that of x, or fp32 where the interpreter cannot multiply in it
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    LOW: tl.constexpr = 2 if BITS == 3 else BITS
+    PLANES: tl.constexpr = 8 // LOW
+    SPAN: tl.constexpr = 32 * PLANES
+    tiles = tl.cdiv(tokens, TOKENS)
+    row = (tl.program_id(0) // tiles) * ROWS + tl.arange(0, ROWS)  # neighbours in time share the weights, not the tokens
+    token = (tl.program_id(0) % tiles) * TOKENS + tl.arange(0, TOKENS)
+    inner = tl.arange(0, 32)
+    real_row, real_token = row < rows, token < tokens
+    first_segment = 0
+    last_segment = SEGMENTS
+    if SPLIT:
+        first_segment = tl.program_id(1)
+        last_segment = first_segment + 1
+    per_segment = tl.cdiv(spans, SEGMENTS)
+    total = tl.zeros([ROWS, TOKENS], dtype=tl.float32)
+    for segment in range(first_segment, last_segment):
+        sums = tl.zeros([ROWS, TOKENS], dtype=tl.float32)
+        for span in range(segment * per_segment, tl.minimum((segment + 1) * per_segment, spans)):
+            lines = tl.cast(span, tl.int64) * rows + row  # of a large matrix, more bytes than 32 bits count
+            bytes_ = tl.load(low + lines[:, None] * 32 + inner[None, :], mask=real_row[:, None], other=0).to(tl.int32)
+            if BITS == 3:
+                thirds = tl.load(high + lines[:, None] * 16 + (inner % 16)[None, :], mask=real_row[:, None], other=0).to(tl.int32)
+            for plane in tl.static_range(PLANES):
+                column = span * SPAN + plane * 32
+                code = (bytes_ >> (plane * LOW)) & ((1 << LOW) - 1)
+                if BITS == 3:
+                    code |= ((thirds >> (plane + PLANES * (inner // 16))[None, :]) & 1) << 2
+                if plane == 0 or (GROUP > 0 and (plane * 32) % GROUP == 0):  # otherwise the group of the plane before
+                    group = 0
+                    if GROUP > 0:
+                        group = tl.minimum(column // GROUP, groups - 1)
+                    place = tl.cast(group, tl.int64) * rows + row
+                    step = tl.load(scale + place, mask=real_row, other=0).to(tl.float32)
+                    if ZERO == 1 or ZERO == 2:
+                        origin = tl.load(zero + place, mask=real_row, other=0).to(tl.float32)
+                if ZERO == 3:
+                    weight = tl.load(zero + code) * step[:, None]
+                elif ZERO == 2:
+                    weight = (_number(code) - 8388608.0) * step[:, None] + origin[:, None]
+                elif ZERO == 1:
+                    weight = (_number(code) - (8388608.0 + origin)[:, None]) * step[:, None]
+                else:
+                    weight = (_number(code) - (8388608.0 + (1 << (BITS - 1)))) * step[:, None]
+                real = (column + inner < columns)[:, None] & real_token[None, :]
+                inputs = tl.load(x + token[None, :].to(tl.int64) * columns + (column + inner)[:, None], mask=real, other=0)
+                # The weight is rounded to the input's dtype, as the reference rounds it.
+                rounded = weight.to(x.dtype.element_ty).to(OPERAND)
+                sums = tl.dot(rounded, inputs.to(OPERAND), sums, input_precision="ieee")
+        total += sums
+    place = token[None, :].to(tl.int64) * rows + row[:, None]
+    real = real_row[:, None] & real_token[None, :]
+    if SPLIT:
+        tl.store(y + tl.cast(first_segment, tl.int64) * tokens * rows + place, total, mask=real)
+    else:
+        if bias is not None:
+            total += tl.load(bias + row, mask=real_row, other=0).to(tl.float32)[:, None]
+        tl.store(y + place, total.to(y.dtype.element_ty), mask=real)
+
+
+@triton.jit(do_not_specialize=["elements"])
+def sum_kernel(partial, bias, y, elements, rows, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr):
+    """`partial` fp32 [SEGMENTS, elements], added in order, and `bias` [rows] or None -> y [elements], elements = tokens * rows."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    real = place < elements
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    for segment in range(SEGMENTS):
+        total += tl.load(partial + tl.cast(segment, tl.int64) * elements + place, mask=real, other=0)
+    if bias is not None:
+        total += tl.load(bias + place % rows, mask=real, other=0).to(tl.float32)
+    tl.store(y + place, total.to(y.dtype.element_ty), mask=real)
+
+
+def _operand(x: Tensor) -> tl.dtype:
+    if x.dtype == torch.float16:
+        return tl.float16
+    return tl.bfloat16 if x.is_cuda else tl.float32  # the interpreter would multiply the bits of bf16 as integers
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight in the kernel's layout, and what its codes stand for. `group` is 0 where a row has one scale."""
+
+    rows: int
+    columns: int
+    bits: int
+    zero_kind: int
+    group: int
+    low: Tensor
+    high: Tensor | None
+    scale: Tensor
+    zero: Tensor | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one product is cut up. `split`: each segment by programs of its own."""
+
+    tile: Tile
+    segments: int
+    split: bool
+
+
+def plan(tokens: int, rows: int, spans: int) -> Plan:
+    tile, pieces = tile_for(tokens), segments(rows, spans)
+    return Plan(tile, pieces, pieces > 1 and _tiles(tile, tokens, rows) < _PROGRAMS)
+
+
+def _tiles(tile: Tile, tokens: int, rows: int) -> int:
+    return -(-rows // tile.rows) * -(-tokens // tile.tokens)
+
+
+def product(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    """`x` [tokens, columns] bf16 or fp16, contiguous -> [tokens, rows] in its dtype."""
+    if x.shape[0] == 0:
+        return x.new_empty(0, weight.rows)
+    return launch(plan(x.shape[0], weight.rows, weight.low.shape[0]), x, weight, bias)
+
+
+def launch(plan: Plan, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    """`product` as `plan` says, of at least one token."""
+    tokens, rows, tile = x.shape[0], weight.rows, plan.tile
+    y = x.new_empty(tokens, rows)
+    target = torch.empty(plan.segments, tokens, rows, dtype=torch.float32, device=x.device) if plan.split else y
+    product_kernel[(_tiles(tile, tokens, rows), plan.segments if plan.split else 1)](
+        x,
+        weight.low,
+        weight.high,
+        weight.scale,
+        weight.zero,
+        None if plan.split else bias,
+        target,
+        tokens,
+        rows,
+        weight.columns,
+        weight.low.shape[0],
+        weight.scale.shape[0],
+        BITS=weight.bits,
+        ZERO=weight.zero_kind,
+        GROUP=weight.group,
+        SEGMENTS=plan.segments,
+        SPLIT=plan.split,
+        OPERAND=_operand(x),
+        ROWS=tile.rows,
+        TOKENS=tile.tokens,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    if plan.split:
+        programs = -(-tokens * rows // _SUM_BLOCK)
+        sum_kernel[(programs,)](target, bias, y, tokens * rows, rows, SEGMENTS=plan.segments, BLOCK=_SUM_BLOCK)
+    return y

@@ -1,0 +1,126 @@
+"""The Triton kernels without a GPU: run in Triton's interpreter, compiled for the devices they are meant for; and how their codes lie."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from random_weights import random_weight
+
+from quantizers.kernels import KERNELS, LayerKind, cuda, select
+from quantizers.kernels.cuda import layout
+from quantizers.scheme import parse_scheme
+
+ROOT = Path(__file__).parents[2]
+has_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None,
+    reason="triton is not installed: it has no wheel for this platform, or the environment is not dev",
+)
+
+
+@has_triton
+def test_the_kernels_in_the_interpreter() -> None:
+    """In a process of its own: Triton reads TRITON_INTERPRET when it is imported."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(ROOT / "tests/quantizers/interpreted")]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+@given(rows=st.integers(1, 4), columns=st.integers(1, 300), bits=st.sampled_from([2, 3, 4, 8]), seed=st.integers(0, 99))
+def test_a_code_lies_where_it_is_drawn(rows: int, columns: int, bits: int, seed: int) -> None:
+    codes = torch.randint(0, 1 << bits, (rows, columns), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
+    laid = layout.interleave(codes, bits)
+    width, span = min(bits, 2 if bits == 3 else 8), layout.span_inputs(bits)
+    assert laid.keys() == ({"low", "high"} if bits == 3 else {"low"})
+    assert laid["low"].shape == (layout.spans(columns, bits), rows, 32)
+    row = rows - 1
+    for column in range(columns):
+        where, inside = divmod(column, span)
+        plane, byte = divmod(inside, 32)
+        code = int(laid["low"][where, row, byte]) >> (plane * width) & ((1 << width) - 1)
+        if bits == 3:
+            code |= (int(laid["high"][where, row, byte % 16]) >> (plane + 4 * (byte // 16)) & 1) << 2
+        assert code == codes[row, column]
+
+
+def test_without_a_cuda_device_they_say_why_and_are_not_chosen() -> None:
+    assert "need a CUDA device" in str(cuda.why_not(torch.device("cpu")))
+    for slug in ("w4g64", "w8", "nf4", "w8a8"):
+        scheme = parse_scheme(slug)
+        kind = LayerKind(scheme, 128, 128, torch.bfloat16, torch.device("cpu"))  # type: ignore[arg-type]
+        assert not any(kernel.supports(kind) for name, kernel in KERNELS.items() if name.startswith("triton-"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("slug", ["w2g64", "w3g64z", "w4g32m", "w4g128", "w8g32", "w8", "nf4", "fp4"])
+@pytest.mark.parametrize("tokens", [1, 17, 64, 300])
+def test_a_gpu_computes_what_the_reference_does(slug: str, tokens: int) -> None:
+    device = torch.device("cuda")
+    scheme = parse_scheme(slug)
+    kind = LayerKind(scheme, 1030, 1536, torch.bfloat16, device)  # type: ignore[arg-type]
+    kernel, weight = select(kind), random_weight(scheme, 1030, 1536).to(device)  # type: ignore[arg-type]
+    assert kernel.name.startswith("triton-")
+    x = torch.randn(tokens, 1536, device=device, dtype=torch.bfloat16)
+    y, expected = kernel.run(x, kernel.prepare(weight), None), KERNELS["reference"](kind).run(x, weight.tensors, None)
+    assert ((y - expected).norm() / expected.norm()).item() < 4e-3  # two roundings of the result to bf16
+
+
+def compiled(kernel: Any, capability: int, arguments: dict[str, str], constants: dict[str, Any], warps: int, stages: int) -> dict[str, Any]:
+    """PTX and cubin of `kernel` for a device that need not be there; pointers and sizes as multiples of 16, as in a real model."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature = {name: "constexpr" if name in constants else arguments[name] for name in kernel.arg_names}
+    aligned = [index for index, (name, kind) in enumerate(signature.items()) if kind != "constexpr" and name != "tokens"]
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()},
+        attrs={(index,): [["tt.divisibility", 16]] for index in aligned},
+    )
+    result: dict[str, Any] = triton.compile(
+        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, "num_stages": stages}
+    ).asm
+    return result
+
+
+@pytest.fixture
+def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+SOME = [(2, 0, 64), (3, 1, 64), (4, 0, 128), (4, 2, 32), (8, 0, 0), (4, 3, 64)]
+
+
+@has_triton
+@pytest.mark.usefixtures("fresh_cache")
+@pytest.mark.parametrize(("form", "capability"), [*product(SOME, (90,)), ((4, 0, 128), 80)])
+def test_products_compile(form: tuple[int, int, int], capability: int) -> None:
+    import triton.language as tl
+
+    from quantizers.kernels.cuda import weight_only
+
+    bits, zero, group = form
+    kinds = {weight_only.POINT: "*u8", weight_only.MINIMUM: "*fp16", weight_only.TABLE: "*fp32"}
+    for tokens, split, operand in ((1, True, tl.bfloat16), (512, False, tl.float16)):
+        tile = weight_only.tile_for(tokens)
+        inputs = "*bf16" if operand == tl.bfloat16 else "*fp16"
+        constants = {"BITS": bits, "ZERO": zero, "GROUP": group, "SEGMENTS": 4, "SPLIT": split, "OPERAND": operand}
+        constants |= {"ROWS": tile.rows, "TOKENS": tile.tokens}
+        constants |= dict.fromkeys([*(["high"] if bits != 3 else []), *([] if zero else ["zero"]), *(["bias"] if split else [])])
+        arguments = {"x": inputs, "low": "*u8", "high": "*u8", "scale": "*fp32" if zero == weight_only.TABLE else "*fp16"}
+        arguments |= {"zero": kinds.get(zero, ""), "bias": inputs, "y": "*fp32" if split else inputs}
+        arguments |= dict.fromkeys(("tokens", "rows", "columns", "spans", "groups"), "i32")
+        code = compiled(weight_only.product_kernel, capability, arguments, constants, tile.warps, tile.stages)
+        assert ("wgmma" if capability >= 90 else "mma.sync") in code["ptx"], "products run on the tensor cores"
+        assert len(code["cubin"]) > 0
