@@ -66,10 +66,8 @@ class TritonWeightOnly(Kernel):
         return laid | {name: tensor.T.contiguous() for name, tensor in tensors.items()}
 
     def run(self, x: Tensor, buffers: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
-        from quantizers.kernels.cuda import weight_only
-
-        kinds = {"none": weight_only.SYMMETRIC, "integer": weight_only.POINT, "minimum": weight_only.MINIMUM}
-        prepared = weight_only.Weight(
+        kinds = {"none": layout.SYMMETRIC, "integer": layout.POINT, "minimum": layout.MINIMUM}
+        prepared = layout.Weight(
             rows=self.layer.out_features,
             columns=self.layer.in_features,
             bits=self._scheme.weight_bits,
@@ -80,8 +78,7 @@ class TritonWeightOnly(Kernel):
             scale=buffers["scale"],
             zero=buffers.get("zero_point", buffers.get("minimum")),
         )
-        y = weight_only.product(x.reshape(-1, self.layer.in_features).contiguous(), prepared, bias)
-        return y.view(*x.shape[:-1], self.layer.out_features)
+        return _product(x, prepared, bias)
 
 
 class TritonCodeBook(Kernel):
@@ -107,21 +104,27 @@ class TritonCodeBook(Kernel):
         return layout.interleave(codes, 4) | {"absmax": absmax}
 
     def run(self, x: Tensor, buffers: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
-        from quantizers.kernels.cuda import weight_only
-
-        prepared = weight_only.Weight(
+        prepared = layout.Weight(
             rows=self.layer.out_features,
             columns=self.layer.in_features,
             bits=4,
-            zero_kind=weight_only.TABLE,
+            zero_kind=layout.TABLE,
             group=BNB_BLOCK,
             low=buffers["low"],
             high=None,
             scale=buffers["absmax"],
             zero=table(self.layer.scheme.slug, x.device),
         )
-        y = weight_only.product(x.reshape(-1, self.layer.in_features).contiguous(), prepared, bias)
-        return y.view(*x.shape[:-1], self.layer.out_features)
+        return _product(x, prepared, bias)
+
+
+def _product(x: Tensor, weight: layout.Weight, bias: Tensor | None) -> Tensor:
+    if x.numel() == 0:
+        return x.new_empty(*x.shape[:-1], weight.rows)
+    from quantizers.kernels.cuda import weight_only
+
+    y: Tensor = weight_only.product(x.reshape(-1, weight.columns).contiguous(), weight, bias)
+    return y.view(*x.shape[:-1], weight.rows)
 
 
 def _code_specs(rows: int, columns: int, bits: int) -> dict[str, Spec]:

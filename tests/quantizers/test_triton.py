@@ -111,14 +111,14 @@ def test_products_compile(form: tuple[int, int, int], capability: int) -> None:
     from quantizers.kernels.cuda import weight_only
 
     bits, zero, group = form
-    kinds = {weight_only.POINT: "*u8", weight_only.MINIMUM: "*fp16", weight_only.TABLE: "*fp32"}
+    kinds = {layout.POINT: "*u8", layout.MINIMUM: "*fp16", layout.TABLE: "*fp32"}
     for tokens, split, operand in ((1, True, tl.bfloat16), (512, False, tl.float16)):
         tile = weight_only.tile_for(tokens)
         inputs = "*bf16" if operand == tl.bfloat16 else "*fp16"
         constants = {"BITS": bits, "ZERO": zero, "GROUP": group, "SEGMENTS": 4, "SPLIT": split, "OPERAND": operand}
         constants |= {"ROWS": tile.rows, "TOKENS": tile.tokens}
         constants |= dict.fromkeys([*(["high"] if bits != 3 else []), *([] if zero else ["zero"]), *(["bias"] if split else [])])
-        arguments = {"x": inputs, "low": "*u8", "high": "*u8", "scale": "*fp32" if zero == weight_only.TABLE else "*fp16"}
+        arguments = {"x": inputs, "low": "*u8", "high": "*u8", "scale": "*fp32" if zero == layout.TABLE else "*fp16"}
         arguments |= {"zero": kinds.get(zero, ""), "bias": inputs, "y": "*fp32" if split else inputs}
         arguments |= dict.fromkeys(("tokens", "rows", "columns", "spans", "groups"), "i32")
         code = compiled(weight_only.product_kernel, capability, arguments, constants, tile.warps, tile.stages)

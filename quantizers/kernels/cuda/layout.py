@@ -17,11 +17,16 @@ group, with nothing to shuffle. Lines of neighbouring rows lie beside each other
 A row that does not fill its last span is filled up with codes of zero, whose inputs are read as zeros.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 PLANE = 32
 _HALF = PLANE // 2
+
+# What a code q stands for: scale * (q - 2^(bits-1)), scale * (q - zero_point), scale * q + minimum, scale * table[q].
+SYMMETRIC, POINT, MINIMUM, TABLE = 0, 1, 2, 3
 
 
 def low_bits(bits: int) -> int:
@@ -58,3 +63,18 @@ def _joined(pieces: list[Tensor]) -> Tensor:
     for piece in pieces[1:]:
         joined = joined | piece
     return joined
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight in this layout, and what its codes stand for. `group` is 0 where a row has one scale."""
+
+    rows: int
+    columns: int
+    bits: int
+    zero_kind: int
+    group: int
+    low: Tensor
+    high: Tensor | None
+    scale: Tensor  # fp16, or fp32 beside a table, [groups, rows]
+    zero: Tensor | None  # POINT: uint8 [groups, rows]; MINIMUM: fp16 [groups, rows]; TABLE: fp32 [16]

@@ -13,8 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Values of ZERO, what a code stands for: scale * (q - offset), scale * (q - zero_point), scale * q + minimum, scale * table[q].
-SYMMETRIC, POINT, MINIMUM, TABLE = 0, 1, 2, 3
+from quantizers.kernels.cuda.layout import Weight
 
 _PROGRAMS = 256  # about two for each multiprocessor of the larger devices
 _MAX_SEGMENTS = 8
@@ -69,7 +68,7 @@ def product_kernel(
     spans,
     groups,
     BITS: tl.constexpr,
-    ZERO: tl.constexpr,
+    ZERO: tl.constexpr,  # as in `layout.Weight.zero_kind`
     GROUP: tl.constexpr,  # inputs of a group, a multiple of 32; 0: the whole row
     SEGMENTS: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -156,21 +155,6 @@ def _operand(x: Tensor) -> tl.dtype:
 
 
 @dataclass(frozen=True)
-class Weight:
-    """A weight in the kernel's layout, and what its codes stand for. `group` is 0 where a row has one scale."""
-
-    rows: int
-    columns: int
-    bits: int
-    zero_kind: int
-    group: int
-    low: Tensor
-    high: Tensor | None
-    scale: Tensor
-    zero: Tensor | None
-
-
-@dataclass(frozen=True)
 class Plan:
     """How one product is cut up. `split`: each segment by programs of its own."""
 
@@ -189,14 +173,12 @@ def _tiles(tile: Tile, tokens: int, rows: int) -> int:
 
 
 def product(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
-    """`x` [tokens, columns] bf16 or fp16, contiguous -> [tokens, rows] in its dtype."""
-    if x.shape[0] == 0:
-        return x.new_empty(0, weight.rows)
+    """`x` [tokens, columns] bf16 or fp16, contiguous, at least one token -> [tokens, rows] in its dtype."""
     return launch(plan(x.shape[0], weight.rows, weight.low.shape[0]), x, weight, bias)
 
 
 def launch(plan: Plan, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
-    """`product` as `plan` says, of at least one token."""
+    """`product` as `plan` says."""
     tokens, rows, tile = x.shape[0], weight.rows, plan.tile
     y = x.new_empty(tokens, rows)
     target = torch.empty(plan.segments, tokens, rows, dtype=torch.float32, device=x.device) if plan.split else y

@@ -7,6 +7,7 @@ import torch
 from random_weights import random_weight
 
 from quantizers.kernels import KERNELS, LayerKind
+from quantizers.kernels.cuda import layout
 from quantizers.packing import pack
 from quantizers.scheme import BnbScheme, IntegerScheme, parse_scheme
 from quantizers.weights import QuantizedWeight, is_plain_int8
@@ -115,7 +116,7 @@ def test_one_program_and_several_make_the_same_sums() -> None:
     scheme = IntegerScheme(weight_bits=8, group_size=32)
     layer = random_weight(scheme, 8, 416)
     buffers = KERNELS["triton-weight-only"](LayerKind(scheme, 8, 416, torch.float16, CPU)).prepare(layer)
-    weight = weight_only.Weight(8, 416, 8, weight_only.SYMMETRIC, 32, buffers["low"], None, buffers["scale"], None)
+    weight = layout.Weight(8, 416, 8, layout.SYMMETRIC, 32, buffers["low"], None, buffers["scale"], None)
     x = torch.randn(2, 416, generator=torch.Generator().manual_seed(5)).half()
     bias = torch.randn(8, generator=torch.Generator().manual_seed(6)).half()
     plan = weight_only.plan(2, 8, 13)
