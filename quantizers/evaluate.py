@@ -105,7 +105,7 @@ class _Depth:
 
     def profile(self, before: Activations, *, moved: bool) -> Profile:
         errors = tuple((error / self.tokens) ** 0.5 for error in self.errors)
-        return Profile(block_errors=errors, before=before, after=self.probe.activations() if moved else None)
+        return Profile(block_errors=errors, before=before, after=self.probe.activations(before.widest) if moved else None)
 
 
 def evaluate(

@@ -52,8 +52,8 @@ class Probe:
 
         return hook
 
-    def activations(self) -> Activations:
-        """Over all passes so far. Layers of one block that saw the same input are one."""
+    def activations(self, widest: str | None = None) -> Activations:
+        """Over all passes so far. Layers of one block that saw the same input are one. `widest` is found where it is not given."""
         ranges: dict[str, InputRange] = {}
         for layers in self._blocks.values():
             seen: list[Tensor] = []
@@ -62,5 +62,5 @@ class Probe:
                 if not any(torch.equal(largest, other) for other in seen):
                     seen.append(largest)
                     ranges[name] = InputRange(layer=name, largest=float(largest.max()), median=float(largest.median()))
-        widest = max(ranges, key=lambda name: ranges[name].outlier)
+        widest = widest or max(ranges, key=lambda name: ranges[name].outlier)
         return Activations(inputs=tuple(ranges.values()), widest=widest, channels=tuple(self._largest[widest].tolist()))

@@ -27,7 +27,9 @@ class InputRange(_Frozen):
 
 
 class Activations(_Frozen):
-    """inputs: in the order of the model. widest: of the input with the worst outliers, every channel's largest magnitude."""
+    """inputs: in the order of the model. channels: of the input `widest`, the one with the worst outliers in the checkpoint, the largest
+    magnitude of every channel.
+    """
 
     inputs: tuple[InputRange, ...]
     widest: str

@@ -10,7 +10,7 @@ from anyio.to_thread import run_sync
 from fastapi import FastAPI
 
 from model_store.store import Store
-from server.api import chat, checkpoints, completions, errors, jobs, middleware, models, ops, uploads
+from server.api import chat, checkpoints, compare, completions, errors, jobs, middleware, models, ops, uploads
 from server.api.catalog import Catalog
 from server.api.services import Services
 from server.engine.interface import Engine
@@ -20,7 +20,7 @@ from server.metrics import Metrics
 from server.settings import Settings
 
 EXPIRY_SECONDS = 3600
-ROUTERS = (completions.router, chat.router, models.router, uploads.router, checkpoints.router, jobs.router, ops.router)
+ROUTERS = (completions.router, chat.router, models.router, compare.router, uploads.router, checkpoints.router, jobs.router, ops.router)
 
 
 async def _expire_uploads(store: Store) -> None:

@@ -73,6 +73,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_settings(evaluate, ("data_dir", "device"))
     evaluate.set_defaults(command=_evaluate)
 
+    compare = commands.add_parser("compare", help="put measured variants side by side: a table, JSON, a picture")
+    compare.add_argument("models", nargs="+", metavar="MODEL", help="a checkpoint's name, or variants of one: checkpoint@recipe ...")
+    compare.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured, by layer too")
+    compare.add_argument("--plot", type=Path, metavar="FILE", help="draw quality, errors by block and outliers as an SVG or PNG picture")
+    _add_settings(compare, ("data_dir",))
+    compare.set_defaults(command=_compare)
+
     export = commands.add_parser("export", help="write a variant as a model folder for transformers and others")
     export.add_argument("variant", metavar="VARIANT", help="checkpoint@recipe, such as my-model@gptq-w4g64")
     export.add_argument("directory", type=Path, metavar="DIR", help="folder to make; an empty one may exist")
@@ -154,6 +161,12 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         as_json=arguments.json,
         plot=arguments.plot,
     )
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from server.comparing import compare_models
+
+    compare_models(settings_from(arguments), arguments.models, json=arguments.json, plot=arguments.plot)
 
 
 def _export(arguments: argparse.Namespace) -> None:

@@ -9,6 +9,15 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 Share = Callable[[str, float], None]  # stage, share done from 0 to 1
 
 
+_WIDE = 220  # characters: into a file or a pipe a table is written whole
+
+
+def output() -> Console:
+    """Standard output."""
+    console = Console()
+    return console if console.is_terminal else Console(width=_WIDE)
+
+
 @contextmanager
 def bar(title: str) -> Iterator[Share]:
     """A bar on standard error for the time of the block; what is yielded moves it."""

@@ -22,9 +22,9 @@ from quantizers.pipeline import Progress
 from quantizers.recipe import parse_recipe
 from quantizers.report import Report, quantization_of
 from quantizers.shared import SharedTensors
-from server.console import Share, bar
+from server.console import Share, bar, output
 from server.execution import ServedExecution
-from server.plot import plot_quality
+from server.plot import check_picture, plot_quality
 from server.quantizing import CalibrationSettings, ensure_variant, make_variant, read_text, resolve_device
 from server.settings import Settings
 from server.sources import open_checkpoint
@@ -65,8 +65,8 @@ def evaluate(
     text = evaluation_text() if text_file is None else read_text(text_file)
     for slug in slugs:
         parse_recipe(slug)
-    if plot is not None and plot.suffix not in (".svg", ".png"):
-        raise InvalidInput(f"{str(plot)!r}: a plot is written as .svg or .png", param="plot")
+    if plot is not None:
+        check_picture(plot)
     with Store(settings.data_dir) as store:
         checkpoint = _open(store, model)
         tokens = token_windows(Tokenizer(checkpoint.dir).encode_now, text, length=WINDOW_TOKENS, count=windows)
@@ -74,7 +74,7 @@ def evaluate(
     if as_json:
         print(json.dumps([report.model_dump() for report in reports.values()], indent=2))
     else:
-        Console().print(_table(checkpoint.name, reports))
+        output().print(_table(checkpoint.name, reports))
     if plot is not None:
         plot_quality(checkpoint.name, list(reports.values()), plot)
 

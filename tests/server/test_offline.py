@@ -4,42 +4,18 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from model_store.store import Store
 from quantizers.report import Profile, Report
 from server.cli import main
 
-WORDS = ("the", "of", "and", "to", "a", "in", "is", "that", "it", "for", "object", "class", "method", "value", "type", "name")
 
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data directory with the checkpoint `tiny`, a Llama of two layers that knows sixteen words."""
-    folder = tmp_path_factory.mktemp("tiny") / "tiny"
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(WORDS) + 1, max_position_embeddings=1024, tie_word_embeddings=True, **sizes))
-    with torch.no_grad():
-        model.model.layers[0].input_layernorm.weight[7] *= 20  # an outlier for smoothquant to take away
-    model.save_pretrained(folder)
-    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(("[UNK]", *WORDS))}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    data_dir = tmp_path_factory.mktemp("data")
-    with Store(data_dir) as store:
-        store.checkpoints.import_folder("tiny", folder)
-    return data_dir
-
-
-def test_evaluate_stores_what_it_prints(data_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_stores_what_it_prints(small_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipes = ("bf16", "rtn-w8a8", "smoothquant-w8a8")
-    assert main(["evaluate", "tiny", *recipes, "--windows", "2", "--json", "--data-dir", str(data_dir)]) == 0
+    assert main(["evaluate", "tiny", *recipes, "--windows", "2", "--json", "--data-dir", str(small_data)]) == 0
     printed = {each["recipe"]: Report.model_validate(each) for each in json.loads(capsys.readouterr().out)}
     assert tuple(printed) == recipes
-    with Store(data_dir) as store:
+    with Store(small_data) as store:
         for slug, report in printed.items():
             variant = store.variants.get("tiny", slug)
             profile = None if variant.profile is None else Profile.model_validate(variant.profile)
