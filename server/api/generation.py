@@ -13,6 +13,7 @@ from server.engine.interface import Engine, Finished, Request, Started, Token, T
 from server.metrics import RequestMeter
 from server.text.continuation import Continuation, Shown
 from server.text.tokenizer import Tokenizer
+from server.text.tools import CallDelta, ToolFormat, ToolParser
 
 LEAST_LOGPROB = -9999.0  # what OpenAI sends for an impossible token: JSON has no infinity
 CHOICES_AT_ONCE = 32  # of one request in the engine: what a step holds; the rest of many prompts waits here, not in everybody's queue
@@ -21,11 +22,14 @@ QUEUED_PIECES = 64  # of all choices together; a slow reader holds the engine's 
 
 @dataclass(frozen=True)
 class Prompt:
-    """`text` is what the ids were made from, where they were; `grammar` is what the continuation must follow, if anything."""
+    """`text` is what the ids were made from, where they were; `grammar` is what the continuation must follow, if anything; `tools` is
+    how calls are written in it, where it may hold any, of which one only counts with `single_call`."""
 
     token_ids: tuple[int, ...]
     text: str | None = None
     grammar: str | None = None
+    tools: ToolFormat | None = None
+    single_call: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,12 +53,13 @@ class Piece:
     index: int
     text: str = ""
     tokens: tuple[ShownToken, ...] = ()
+    calls: tuple[CallDelta, ...] = ()
     finish_reason: str | None = None
     completion_tokens: int = 0
     cached_tokens: int = 0
 
     def followed_by(self, other: "Piece") -> "Piece":
-        return replace(other, text=self.text + other.text, tokens=self.tokens + other.tokens)
+        return replace(other, text=self.text + other.text, tokens=self.tokens + other.tokens, calls=self.calls + other.calls)
 
 
 @dataclass(frozen=True)
@@ -73,8 +78,10 @@ async def run_choice(engine: Engine, choice: Choice, tokenizer: Tokenizer, meter
 
     Closing it cancels the request in the engine. Raises the engine's errors.
     """
-    sampling = choice.request.sampling
-    text = Continuation(tokenizer.detokenizer(choice.prompt.token_ids), choice.stops, sampling.min_tokens)
+    sampling, tools = choice.request.sampling, choice.prompt.tools
+    detokenizer = tokenizer.detokenizer(choice.prompt.token_ids, shown=None if tools is None else tools.opening)
+    text = Continuation(detokenizer, choice.stops, sampling.min_tokens)
+    calls = None if tools is None else ToolParser(tools, single=choice.prompt.single_call)
     offset = 0  # of the continuation in the choice's text: the echoed prompt's length
     events = cast(AsyncGenerator[Started | Token | Finished, None], engine.generate(choice.request))
     async with aclosing(events):
@@ -87,27 +94,47 @@ async def run_choice(engine: Engine, choice: Choice, tokenizer: Tokenizer, meter
             elif isinstance(event, Token):
                 meter.token(choice.index)
                 shown = text.add(event)
-                if text.stopped:
+                piece = _with_calls(_piece(choice.index, shown, offset, text.token_count), calls)
+                if text.stopped or (calls is not None and calls.complete):
                     meter.sequence(0, text.token_count)
-                    yield _piece(choice.index, shown, offset, text.token_count, "stop")
+                    yield _ended(piece, calls, "stop")
                     return
-                if shown.text or shown.tokens:
-                    yield _piece(choice.index, shown, offset, text.token_count)
+                if piece.text or piece.tokens or piece.calls:
+                    yield piece
             else:
                 if event.reason == "cancelled":
                     raise EngineUnavailable(
                         "the engine cancelled the request, because its variant was unloaded or the server stops: try again"
                     )
                 meter.sequence(event.cached_tokens, event.completion_tokens)
-                last = _piece(choice.index, text.finish(), offset, event.completion_tokens, "stop" if text.stopped else event.reason)
+                last = _with_calls(_piece(choice.index, text.finish(), offset, event.completion_tokens), calls)
+                last = _ended(last, calls, "stop" if text.stopped else event.reason)
                 yield replace(last, cached_tokens=event.cached_tokens)
                 return
     raise EngineUnavailable("the engine ended the request without a word: try again")
 
 
-def _piece(index: int, shown: Shown, offset: int, count: int, finish_reason: str | None = None) -> Piece:
+def _piece(index: int, shown: Shown, offset: int, count: int) -> Piece:
     tokens = tuple(ShownToken(placed.token.token_id, placed.token.logprob, offset + placed.start) for placed in shown.tokens)
-    return Piece(index, shown.text, tokens, finish_reason, count)
+    return Piece(index, shown.text, tokens, completion_tokens=count)
+
+
+def _with_calls(piece: Piece, calls: ToolParser | None) -> Piece:
+    """`piece`, its text without the calls in it."""
+    if calls is None or not piece.text:
+        return piece
+    parsed = calls.add(piece.text)
+    return replace(piece, text=parsed.text, calls=parsed.calls)
+
+
+def _ended(piece: Piece, calls: ToolParser | None, reason: str) -> Piece:
+    """`piece` as a choice's last."""
+    if calls is not None:
+        parsed = calls.finish()
+        piece = replace(piece, text=piece.text + parsed.text, calls=piece.calls + parsed.calls)
+        if calls.calls and reason == "stop":
+            reason = "tool_calls"
+    return replace(piece, finish_reason=reason)
 
 
 def _echo(choice: Choice, tokenizer: Tokenizer, started: Started) -> Piece:

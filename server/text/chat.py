@@ -32,8 +32,10 @@ class _Stopped(BaseException):
     """Raised inside a runaway rendering; not an Exception, so that no handler of the template engine catches it."""
 
 
-async def render_chat(tokenizer: Tokenizer, messages: list[dict[str, Any]], time_limit: float = TIME_LIMIT) -> str:
-    """The prompt's text, with the opening of the assistant's turn at its end.
+async def render_chat(
+    tokenizer: Tokenizer, messages: list[dict[str, Any]], time_limit: float = TIME_LIMIT, *, tools: list[dict[str, Any]] | None = None
+) -> str:
+    """The prompt's text, with the opening of the assistant's turn at its end. `tools` are in OpenAI's form.
 
     Raises InvalidInput (param `messages`) where there is no template, where it refuses the messages, or where it runs out of time.
     """
@@ -41,7 +43,7 @@ async def render_chat(tokenizer: Tokenizer, messages: list[dict[str, Any]], time
         raise InvalidInput("this checkpoint has no chat template: send a text to /v1/completions instead", param="messages")
     loop = asyncio.get_running_loop()
     outcome: asyncio.Future[str] = loop.create_future()
-    thread = threading.Thread(target=_render, args=(tokenizer, messages, loop, outcome), name="chat-template", daemon=True)
+    thread = threading.Thread(target=_render, args=(tokenizer, messages, tools, loop, outcome), name="chat-template", daemon=True)
     thread.start()
     try:
         async with asyncio.timeout(time_limit):
@@ -61,10 +63,16 @@ async def render_chat(tokenizer: Tokenizer, messages: list[dict[str, Any]], time
     return text
 
 
-def _render(tokenizer: Tokenizer, messages: list[dict[str, Any]], loop: asyncio.AbstractEventLoop, outcome: "asyncio.Future[str]") -> None:
+def _render(
+    tokenizer: Tokenizer,
+    messages: list[dict[str, Any]],
+    tools: list[dict[str, Any]] | None,
+    loop: asyncio.AbstractEventLoop,
+    outcome: "asyncio.Future[str]",
+) -> None:
     try:
         try:
-            text = tokenizer.backend.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            text = tokenizer.backend.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # noqa: BLE001 - handed to the waiting coroutine, which translates it
             _settle(loop, outcome, error)
         else:

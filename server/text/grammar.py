@@ -39,6 +39,11 @@ async def schema_grammar(schema: dict[str, Any], param: str) -> str:
     return LLMatcher.grammar_from_json_schema(text, overrides=_OPTIONS)
 
 
+def embedded_schema(schema: dict[str, Any]) -> str:
+    """`schema`, which `schema_grammar` took, as it stands in a larger grammar."""
+    return json.dumps({**schema, "x-guidance": _OPTIONS}, ensure_ascii=False)
+
+
 @functools.lru_cache(256)
 def _first_fault(text: str) -> tuple[tuple[str, ...], str]:
     """Path of the innermost schema of the document `text` that cannot be followed, and why; no reason where all of it can."""

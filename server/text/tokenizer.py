@@ -40,6 +40,16 @@ class Tokenizer:
         template = self.backend.chat_template
         return template if isinstance(template, str) else (template or {}).get("default")
 
+    @property
+    def tool_template(self) -> str | None:
+        """The template that is used where there are tools: one of its own, or the chat template."""
+        template = self.backend.chat_template
+        return self.chat_template if isinstance(template, str) else (template or {}).get("tool_use", self.chat_template)
+
+    def special_id(self, name: str) -> int | None:
+        """Id of the special token `name`, which text does not show; None where that is ordinary text."""
+        return next((token_id for token_id, text in self._added.items() if text == name and token_id in self.special_ids), None)
+
     def encode_now(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of `text`; `special` adds what the checkpoint puts around every text (a first token, say)."""
         return list(self._rust.encode(text, add_special_tokens=special).ids)
@@ -54,8 +64,10 @@ class Tokenizer:
         """The text of all tokens at once: what a Detokenizer's pieces add up to."""
         return str(self._rust.decode(token_ids, skip_special_tokens=True))
 
-    def detokenizer(self, before: Sequence[int] = ()) -> Detokenizer:
-        """A fresh one for the tokens that follow `before`, special tokens skipped."""
+    def detokenizer(self, before: Sequence[int] = (), *, shown: str | None = None) -> Detokenizer:
+        """A fresh one for the tokens that follow `before`, special tokens skipped, except where `shown` is the name of one."""
+        if shown is not None and self.special_id(shown) is not None:
+            return self._naming_detokenizer(before[-CONTEXT_TOKENS:])
         if self._byte_level:
             return ByteLevelDetokenizer(self._piece_bytes)
         return WindowDetokenizer(self.decode, before[-CONTEXT_TOKENS:])
@@ -79,10 +91,10 @@ class Tokenizer:
         added = len(whole) - len(text)
         return text, [max(0, start - added) for start in starts]
 
-    def _naming_detokenizer(self) -> Detokenizer:
+    def _naming_detokenizer(self, before: Sequence[int] = ()) -> Detokenizer:
         if self._byte_level:
             return ByteLevelDetokenizer(self.token_bytes)
-        return WindowDetokenizer(lambda ids: str(self._rust.decode(ids, skip_special_tokens=False)))
+        return WindowDetokenizer(lambda ids: str(self._rust.decode(ids, skip_special_tokens=False)), before)
 
     def _piece_bytes(self, token_id: int) -> bytes:
         """What the token adds to the text: nothing for a special token or an id without a token."""

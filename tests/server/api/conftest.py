@@ -60,6 +60,7 @@ class ScriptedEngine:
     start_seconds: float = 0.0
     eos_after: int | None = None  # tokens, unless ignore_eos
     likelihood: dict[int | None, float] = field(default_factory=dict)  # seed -> log-probability of every token, else -1
+    begin_at: int | None = None  # where in the script every answer begins, else as above
     at_once: int = 0
     most_at_once: int = 0
     alive: bool = True
@@ -70,6 +71,8 @@ class ScriptedEngine:
     async def stop(self, grace_seconds: float) -> None: ...
 
     def start_of(self, request: Request) -> int:
+        if self.begin_at is not None:
+            return self.begin_at
         return (sum(request.prompt_token_ids) + (request.sampling.seed or 0)) % len(self.script)
 
     async def generate(self, request: Request) -> AsyncGenerator[Started | Token | Finished, None]:

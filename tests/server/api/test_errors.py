@@ -22,6 +22,11 @@ def check_shape(answer: Any, status: int, param: str | None = None) -> dict[str,
     return error
 
 
+TOOL = {"type": "function", "function": {"name": "f"}}
+CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+ARGUMENTS = "messages.0.tool_calls.0.function.arguments"
+
+
 def message(content: Any, role: str = "user") -> list[dict[str, Any]]:
     return [{"role": role, "content": content}]
 
@@ -119,7 +124,17 @@ BAD_CHATS = [
     ({"messages": message([])}, 400, "messages.0.content"),
     ({"messages": message([{"type": "image_url", "image_url": {"url": "x"}}])}, 400, "messages.0.content"),
     ({"messages": message([{"type": "text"}])}, 400, "messages.0.content"),
-    ({"messages": message("a", role="tool")}, 400, "messages.0.role"),
+    ({"messages": message("a", role="tool")}, 400, "messages.0.tool_call_id"),
+    ({"messages": message("a", role="function")}, 400, "messages.0.role"),
+    ({"messages": [{"role": "user", "content": "a", "tool_call_id": "x"}]}, 400, "messages.0.tool_call_id"),
+    ({"messages": [{"role": "user", "tool_calls": [CALL]}]}, 400, "messages.0.tool_calls"),
+    ({"messages": [{"role": "assistant", "tool_calls": []}]}, 400, "messages.0.content"),
+    ({"messages": [{"role": "assistant", "tool_calls": [CALL]}]}, 400, "messages.0"),
+    ({"messages": [{"role": "tool", "tool_call_id": "a", "content": "b"}]}, 400, "messages.0"),
+    ({"messages": [{"role": "assistant", "tool_calls": [{**CALL, "function": {"name": "f", "arguments": "["}}]}]}, 400, ARGUMENTS),
+    ({"messages": [{"role": "assistant", "tool_calls": [{**CALL, "function": {"name": "f", "arguments": "[]"}}]}]}, 400, ARGUMENTS),
+    ({"messages": [{"role": "assistant", "tool_calls": [{**CALL, "function": {"name": "f", "arguments": {}}}]}]}, 400, ARGUMENTS),
+    ({"messages": [{"role": "assistant", "tool_calls": [{**CALL, "type": "custom"}]}]}, 400, "messages.0.tool_calls.0.type"),
     ({"messages": [*message("a"), {"role": "user", "content": "b", "x": 1}]}, 400, "messages.1.x"),
     ({"messages": message("word " * 300)}, 400, "messages"),
     ({"max_completion_tokens": 300, "max_tokens": None}, 400, "max_completion_tokens"),
@@ -127,9 +142,20 @@ BAD_CHATS = [
     ({"logprobs": 1}, 400, "logprobs"),
     ({"top_logprobs": 1}, 400, "top_logprobs"),
     ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs"),
-    ({"tools": [{"type": "function"}]}, 400, "tools"),
+    ({"tools": [{"type": "function"}]}, 400, "tools.0.function"),
+    ({"tools": [TOOL]}, 400, "tools"),
+    ({"tools": [TOOL, TOOL]}, 400, "tools.1.function.name"),
+    ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, 400, "tools.0.type"),
+    ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, 400, "tools.0.function.name"),
+    ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "array"}}}]}, 400, "tools.0.function.parameters"),
+    ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}}, 400, "tool_choice"),
+    ({"tools": [TOOL], "tool_choice": "sometimes"}, 400, "tool_choice"),
+    ({"tools": [TOOL], "tool_choice": {"type": "allowed_tools"}}, 400, "tool_choice"),
+    ({"tools": [TOOL], "tool_choice": {"type": "function", "function": ["f"]}}, 400, "tool_choice"),
+    ({"tools": [TOOL], "response_format": {"type": "json_object"}}, 400, "response_format"),
+    ({"tool_choice": "auto"}, 400, "tool_choice"),
+    ({"parallel_tool_calls": False}, 400, "parallel_tool_calls"),
     ({"functions": []}, 400, "functions"),
-    ({"tool_choice": "none"}, 400, "tool_choice"),
     ({"response_format": {"type": "yaml"}}, 400, "response_format.type"),
     ({"response_format": {}}, 400, "response_format.type"),
     ({"response_format": "json"}, 400, "response_format"),
