@@ -61,7 +61,7 @@ def test_without_a_cuda_device_they_say_why_and_are_not_chosen() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("slug", ["w2g64", "w3g64z", "w4g32m", "w4g128", "w8g32", "w8", "nf4", "fp4"])
+@pytest.mark.parametrize("slug", ["w2g64", "w3g64z", "w4g32m", "w4g128", "w8g32", "w8", "nf4", "fp4", "w8a8", "int8"])
 @pytest.mark.parametrize("tokens", [1, 17, 64, 300])
 def test_a_gpu_computes_what_the_reference_does(slug: str, tokens: int) -> None:
     device = torch.device("cuda")
@@ -124,3 +124,57 @@ def test_products_compile(form: tuple[int, int, int], capability: int) -> None:
         code = compiled(weight_only.product_kernel, capability, arguments, constants, tile.warps, tile.stages)
         assert ("wgmma" if capability >= 90 else "mma.sync") in code["ptx"], "products run on the tensor cores"
         assert len(code["cubin"]) > 0
+
+
+@has_triton
+@pytest.mark.usefixtures("fresh_cache")
+@pytest.mark.parametrize(("outliers", "capability"), [(False, 80), (False, 90), (True, 90)])
+def test_int8_products_compile(outliers: bool, capability: int) -> None:
+    import triton.language as tl
+
+    from quantizers.kernels.cuda import int8, weight_only
+
+    pointers = {
+        "codes": "*i8",
+        "token_scale": "*fp32",
+        "x": "*bf16",
+        "outlier": "*u8",
+        "weight": "*i8",
+        "row_scale": "*fp32",
+        "bias": "*bf16",
+    }
+    for tokens, split in ((1, True), (512, False)):
+        tile = weight_only.tile_for(tokens)
+        constants: dict[str, Any] = {
+            "SEGMENTS": 4,
+            "SPLIT": split,
+            "OPERAND": tl.bfloat16,
+            "ROWS": tile.rows,
+            "TOKENS": tile.tokens,
+            "DEPTH": 128,
+        }
+        absent = [*([] if outliers else ["outlier"]), *(["bias"] if split else []), *([] if split and outliers else ["beside"])]
+        arguments = {
+            **pointers,
+            "y": "*i32" if split else "*bf16",
+            "beside": "*fp32",
+            **dict.fromkeys(("tokens", "rows", "columns"), "i32"),
+        }
+        code = compiled(int8.product_kernel, capability, arguments, constants | dict.fromkeys(absent), tile.warps, tile.stages)
+        assert (".s32.s8.s8" if capability >= 90 else "s32.s8.s8.s32") in code["ptx"], "integer products run on the tensor cores"
+    arguments = {**pointers, "scale": "*fp32", "columns": "i32"}
+    constants = {"LLM": outliers, "BLOCK": 1024, **({} if outliers else {"outlier": None})}
+    assert len(compiled(int8.quantize_kernel, capability, arguments, constants, 4, 1)["cubin"]) > 0
+
+
+@has_triton
+@pytest.mark.usefixtures("fresh_cache")
+def test_sums_of_segments_compile() -> None:
+    from quantizers.kernels.cuda import int8, weight_only
+
+    sizes = {"elements": "i32", "rows": "i32"}
+    constants = {"SEGMENTS": 4, "BLOCK": 1024}
+    arguments = {"partial": "*fp32", "bias": "*bf16", "y": "*bf16", **sizes}
+    assert len(compiled(weight_only.sum_kernel, 90, arguments, constants, 4, 1)["cubin"]) > 0
+    arguments |= {"partial": "*i32", "beside": "*fp32", "token_scale": "*fp32", "row_scale": "*fp32"}
+    assert len(compiled(int8.sum_kernel, 90, arguments, constants, 4, 1)["cubin"]) > 0

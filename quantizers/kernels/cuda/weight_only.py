@@ -148,15 +148,16 @@ def sum_kernel(partial, bias, y, elements, rows, SEGMENTS: tl.constexpr, BLOCK: 
     tl.store(y + place, total.to(y.dtype.element_ty), mask=real)
 
 
-def _operand(x: Tensor) -> tl.dtype:
-    if x.dtype == torch.float16:
-        return tl.float16
+def operand(x: Tensor) -> tl.dtype:
+    """What to multiply `x` in: its own dtype."""
+    if x.dtype != torch.bfloat16:
+        return tl.float16 if x.dtype == torch.float16 else tl.float32
     return tl.bfloat16 if x.is_cuda else tl.float32  # the interpreter would multiply the bits of bf16 as integers
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How one product is cut up. `split`: each segment by programs of its own."""
+    """How one product is cut up: its tiles, the segments of a row, and whether each segment has programs of its own."""
 
     tile: Tile
     segments: int
@@ -164,11 +165,12 @@ class Plan:
 
 
 def plan(tokens: int, rows: int, spans: int) -> Plan:
+    """For a weight of so many rows, each read in so many pieces."""
     tile, pieces = tile_for(tokens), segments(rows, spans)
-    return Plan(tile, pieces, pieces > 1 and _tiles(tile, tokens, rows) < _PROGRAMS)
+    return Plan(tile, pieces, pieces > 1 and tiles(tile, tokens, rows) < _PROGRAMS)
 
 
-def _tiles(tile: Tile, tokens: int, rows: int) -> int:
+def tiles(tile: Tile, tokens: int, rows: int) -> int:
     return -(-rows // tile.rows) * -(-tokens // tile.tokens)
 
 
@@ -177,18 +179,18 @@ def product(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     return launch(plan(x.shape[0], weight.rows, weight.low.shape[0]), x, weight, bias)
 
 
-def launch(plan: Plan, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
-    """`product` as `plan` says."""
-    tokens, rows, tile = x.shape[0], weight.rows, plan.tile
+def launch(cut: Plan, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    """`product` as `cut` says."""
+    tokens, rows, tile = x.shape[0], weight.rows, cut.tile
     y = x.new_empty(tokens, rows)
-    target = torch.empty(plan.segments, tokens, rows, dtype=torch.float32, device=x.device) if plan.split else y
-    product_kernel[(_tiles(tile, tokens, rows), plan.segments if plan.split else 1)](
+    target = torch.empty(cut.segments, tokens, rows, dtype=torch.float32, device=x.device) if cut.split else y
+    product_kernel[(tiles(tile, tokens, rows), cut.segments if cut.split else 1)](
         x,
         weight.low,
         weight.high,
         weight.scale,
         weight.zero,
-        None if plan.split else bias,
+        None if cut.split else bias,
         target,
         tokens,
         rows,
@@ -198,15 +200,15 @@ def launch(plan: Plan, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor
         BITS=weight.bits,
         ZERO=weight.zero_kind,
         GROUP=weight.group,
-        SEGMENTS=plan.segments,
-        SPLIT=plan.split,
-        OPERAND=_operand(x),
+        SEGMENTS=cut.segments,
+        SPLIT=cut.split,
+        OPERAND=operand(x),
         ROWS=tile.rows,
         TOKENS=tile.tokens,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    if plan.split:
+    if cut.split:
         programs = -(-tokens * rows // _SUM_BLOCK)
-        sum_kernel[(programs,)](target, bias, y, tokens * rows, rows, SEGMENTS=plan.segments, BLOCK=_SUM_BLOCK)
+        sum_kernel[(programs,)](target, bias, y, tokens * rows, rows, SEGMENTS=cut.segments, BLOCK=_SUM_BLOCK)
     return y
