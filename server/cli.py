@@ -17,7 +17,7 @@ from server.sources import DEMO
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 1 the work failed, 2 the caller's input was wrong, 130 interrupted."""
-    arguments = _parser().parse_args(argv)
+    arguments = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     command: Callable[[argparse.Namespace], None] = arguments.command
     try:
@@ -43,7 +43,9 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"precis: {message}; see `{self.prog} --help`\n")
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """Every command with its options."""
+    """Every command with its options."""
     parser = _Parser(prog="precis", description="Serve quantized language models, and see what every precision costs.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=_Parser)
 
