@@ -92,6 +92,12 @@ def build_parser() -> argparse.ArgumentParser:
     _add_settings(export, ("data_dir",))
     export.set_defaults(command=_export)
 
+    batch = commands.add_parser("batch", help="answer a file of requests, in OpenAI's batch format")
+    batch.add_argument("file", type=Path, metavar="FILE.jsonl", help="requests, a JSON object a line: custom_id, method, url, body")
+    batch.add_argument("--output", type=Path, metavar="FILE", help="answers; one that exists is gone on with (default FILE.answers.jsonl)")
+    _add_settings(batch, ("data_dir", "device", "default_precision", "on_load", "memory_budget_bytes", "load_timeout_seconds"))
+    batch.set_defaults(command=_batch)
+
     doctor = commands.add_parser("doctor", help="say what hardware is here, which kernels run on it, and why")
     doctor.add_argument("--json", action="store_true", help="print JSON")
     _add_settings(doctor, ("data_dir", "device"))
@@ -175,6 +181,15 @@ def _export(arguments: argparse.Namespace) -> None:
     from server.exporting import export_variant
 
     export_variant(settings_from(arguments), arguments.variant, arguments.directory, dtype=arguments.dtype)
+
+
+def _batch(arguments: argparse.Namespace) -> None:
+    from server.serve import batch
+
+    output = arguments.output or arguments.file.with_suffix(".answers.jsonl")
+    summary = batch(settings_from(arguments), arguments.file, output)
+    before = f", {summary.resumed} before" if summary.resumed else ""
+    print(f"{output}: {summary.succeeded} answered, {summary.failed} failed{before}", file=sys.stderr)
 
 
 def _doctor(arguments: argparse.Namespace) -> None:

@@ -1,19 +1,26 @@
-"""`precis serve`: makes ready what the command line names, then runs the HTTP server until it is told to stop."""
+"""`precis serve`: makes ready what the command line names, then runs the HTTP server until it is told to stop. `precis batch`: runs the
+same application over a file of requests, without a port.
+"""
 
+import asyncio
 import subprocess
 import sys
+from pathlib import Path
 
 import uvicorn
 
 from model_store.store import Store
-from quantizers.errors import QuantizationFailed
+from quantizers.errors import InvalidInput, QuantizationFailed
 from quantizers.recipe import parse_recipe
 from server.app import create_app
+from server.batch import Summary, run_batch
 from server.console import bar
 from server.engine.client import EngineClient
 from server.jobs import JobRunner
 from server.settings import Settings
 from server.sources import open_checkpoint, open_demo
+
+_BATCH_QUEUE = 1 << 20
 
 
 def serve(settings: Settings, models: list[str], *, demo: bool) -> None:
@@ -31,6 +38,25 @@ def serve(settings: Settings, models: list[str], *, demo: bool) -> None:
         server_header=False,
     )
     _Server(config, names, settings).run()
+
+
+def batch(settings: Settings, source: Path, target: Path) -> Summary:
+    """Answer the requests of `source` into `target`. Raises InvalidInput where either file cannot be used."""
+    if not source.is_file():
+        raise InvalidInput(f"{source} is no file: give a file of requests, one JSON object a line", param="file")
+    if target.resolve() == source.resolve() or not target.parent.is_dir():
+        raise InvalidInput(f"{target} cannot be written: give another --output", param="output")
+    # Nobody else asks this engine for anything: its queue may be as long as the batch makes it, and no key is needed.
+    own = settings.model_copy(update={"max_waiting": _BATCH_QUEUE, "api_key": None, "api_keys": []})
+    store = Store(settings.data_dir, max_upload_bytes=settings.max_upload_bytes)
+    app = create_app(own, store, EngineClient(own), JobRunner(own, store))
+
+    async def run() -> Summary:
+        with bar(source.name) as share:
+            async with app.router.lifespan_context(app):
+                return await run_batch(app, source, target, lambda _, part: share("answering", part))
+
+    return asyncio.run(run())
 
 
 def _prepare(store: Store, settings: Settings, models: list[str], demo: bool) -> list[str]:

@@ -38,6 +38,8 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
         (["compare", "nothing-here"], {}, "nothing-here"),
         (["compare", "one", "two"], {}, "one, two"),
         (["compare"], {}, "MODEL"),
+        (["batch", "missing.jsonl"], {}, "missing.jsonl"),
+        (["batch", __file__, "--output", __file__], {}, "--output"),
         (["explode"], {}, "explode"),
         ([], {}, "COMMAND"),
     ],
