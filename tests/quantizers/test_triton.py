@@ -81,7 +81,7 @@ def compiled(kernel: Any, capability: int, arguments: dict[str, str], constants:
     from triton.compiler import ASTSource
 
     signature = {name: "constexpr" if name in constants else arguments[name] for name in kernel.arg_names}
-    aligned = [index for index, (name, kind) in enumerate(signature.items()) if kind != "constexpr" and name != "tokens"]
+    aligned = [index for index, (name, kind) in enumerate(signature.items()) if kind[0] in "*i" and name != "tokens"]
     source = ASTSource(
         fn=kernel,
         signature=signature,
@@ -178,3 +178,23 @@ def test_sums_of_segments_compile() -> None:
     assert len(compiled(weight_only.sum_kernel, 90, arguments, constants, 4, 1)["cubin"]) > 0
     arguments |= {"partial": "*i32", "beside": "*fp32", "token_scale": "*fp32", "row_scale": "*fp32"}
     assert len(compiled(int8.sum_kernel, 90, arguments, constants, 4, 1)["cubin"]) > 0
+
+
+@has_triton
+@pytest.mark.usefixtures("fresh_cache")
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("width", [64, 256])
+def test_attention_compiles(width: int, capability: int) -> None:
+    import triton.language as tl
+
+    from quantizers.kernels.cuda import paged_decode
+
+    arguments = dict.fromkeys(("query", "keys", "values", "output"), "*bf16") | dict.fromkeys(("sums", "peaks", "masses"), "*fp32")
+    arguments |= {"tables": "*i32", "positions": "*i64", "scale": "fp32", "softcap": "fp32"}
+    arguments |= dict.fromkeys(("heads", "width", "pieces", "window"), "i32")
+    constants: dict[str, Any] = {"VALUE_DIM": width, "PIECE": 256, "WINDOWED": True, "VALUE_PART": width}
+    assert len(compiled(paged_decode.join_kernel, capability, arguments, constants, 4, 1)["cubin"]) > 0
+    constants |= {"KV_HEADS": 8, "SHARED": 4, "KEY_DIM": width, "BLOCK": 16, "CAPPED": True, "OPERAND": tl.bfloat16}
+    constants |= {"HEADS": 16, "KEY_PART": width, "STEP": 64}
+    code = compiled(paged_decode.attend_kernel, capability, arguments, constants, 4, 2)
+    assert "mma" in code["ptx"], "products run on the tensor cores"
