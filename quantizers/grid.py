@@ -110,12 +110,21 @@ def searched_grid(grouped: Tensor, importance: Tensor, scheme: IntegerScheme, la
 def searched_by(grouped: Tensor, error: Callable[[Tensor], Tensor], scheme: IntegerScheme, layer: str, shrinks: tuple[float, ...]) -> Grid:
     """The same with any `error` of differences fp32 [rows, G, group] -> [rows, G]."""
     rows = max(1, _SEARCH_BYTES // (4 * grouped[0].numel()))
-    pieces = [_searched(part, error, scheme, layer, shrinks) for part in torch.split(grouped, rows)]
+    return joined_rows([_searched(part, error, scheme, layer, shrinks) for part in torch.split(grouped, rows)])
+
+
+def joined_rows(pieces: Sequence[Grid]) -> Grid:
+    """One grid of the grids of some rows each."""
     joined = {
         name: None if getattr(pieces[0], name) is None else torch.cat([getattr(piece, name) for piece in pieces])
         for name in ("scale", "zero_point", "minimum")
     }
-    return Grid(scheme, **joined)  # type: ignore[arg-type]
+    return Grid(pieces[0].scheme, **joined)  # type: ignore[arg-type]
+
+
+def minimum_grid(scale: Tensor, minimum: Tensor, scheme: IntegerScheme, layer: str) -> Grid:
+    """The stored form of real scales and minimums fp32 [out, G]. Raises QuantizationFailed naming `layer` beyond fp16."""
+    return Grid(scheme, _to_fp16(scale, layer), minimum=_finite_fp16(minimum, layer))
 
 
 def _searched(grouped: Tensor, error: Callable[[Tensor], Tensor], scheme: IntegerScheme, layer: str, shrinks: tuple[float, ...]) -> Grid:
@@ -147,7 +156,7 @@ def _chosen(better: Tensor, new: Grid, old: Grid) -> Grid:
 def _grid(low: Tensor, high: Tensor, scheme: IntegerScheme, layer: str) -> Grid:
     """`low` and `high` fp32 [out, G]: the range that the codes are to cover."""
     if scheme.zero == "minimum":
-        return Grid(scheme, _to_fp16((high - low) / scheme.qmax, layer), minimum=_finite_fp16(low, layer))
+        return minimum_grid((high - low) / scheme.qmax, low, scheme, layer)
     low, high = low.clamp(max=0), high.clamp(min=0)
     if scheme.symmetric:
         return Grid(scheme, _to_fp16(torch.maximum(-low, high) / ((scheme.qmax - scheme.qmin) / 2), layer))
