@@ -90,11 +90,12 @@ def load_reference(
     device: str,
     shared: SharedTensors,
     checkpoint_key: str,
+    dtype: torch.dtype = torch.float32,
 ) -> LoadedModel:
-    """The same numbers as `load_model` serves, in fp32 arithmetic by the reference kernel of each format: nothing is rounded but what
-    the format says. What a recipe leaves alone is the checkpoint's, in fp32. Raises as `load_model` does.
+    """The same numbers as `load_model` serves, by the reference kernel of each format: in fp32 nothing is rounded but what the format
+    says. What a recipe leaves alone is the checkpoint's, in `dtype`. Raises as `load_model` does.
     """
-    return _load(config, recipe, checkpoint, artifact, torch.device(device), shared, checkpoint_key, torch.float32, Reference)
+    return _load(config, recipe, checkpoint, artifact, torch.device(device), shared, checkpoint_key, dtype, Reference)
 
 
 def _load(

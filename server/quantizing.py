@@ -8,13 +8,18 @@ import torch
 from transformers import AutoConfig
 
 from model_store.checkpoints import Checkpoint
-from model_store.formats.safetensors import SafetensorsWriter
+from model_store.formats.safetensors import SafetensorsSource, SafetensorsWriter
 from model_store.store import Store
 from model_store.variants import Manifest, Variant
 from quantizers.calibration import SAMPLE_TOKENS, SAMPLES, Calibration, Text, calibrate_on, calibration_text
+from quantizers.canary import TEXT, TOKENS, Canary, record
 from quantizers.errors import InvalidInput, NotFound
+from quantizers.evaluate import model_logits
+from quantizers.model import load_reference
 from quantizers.pipeline import Progress, quantize
 from quantizers.recipe import Recipe, parse_recipe
+from quantizers.shared import SharedTensors
+from quantizers.skeleton import DTYPES
 from server.text.tokenizer import Tokenizer
 
 __all__ = ["CalibrationSettings", "Progress", "ensure_variant", "make_variant", "read_text", "resolve_device"]
@@ -64,8 +69,40 @@ def make_variant(
                 config, source.tensors(), recipe, writer, calibration=tokens, device=resolve_device(device), progress=progress
             )
         progress(Progress("write", result.bytes, result.bytes, 0.0))
-        manifest = Manifest(checkpoint=checkpoint, checkpoint_digest=source.digest, recipe=recipe, slug=slug, facts=asdict(result))
+        manifest = Manifest(
+            checkpoint=checkpoint,
+            checkpoint_digest=source.digest,
+            recipe=recipe,
+            slug=slug,
+            facts=asdict(result),
+            canary=_canary(source, recipe, draft.dir / "model.safetensors", resolve_device(device)).model_dump(),
+        )
         return draft.commit(manifest)
+
+
+def _canary(checkpoint: Checkpoint, recipe: Recipe, artifact: Path, device: str) -> Canary:
+    """What the written artifact gives the canary's text, one pass over a few tokens in each of two types."""
+    config = AutoConfig.from_pretrained(checkpoint.dir, local_files_only=True)
+    length = min(TOKENS, checkpoint.max_position_embeddings or TOKENS)
+    tokens = Tokenizer(checkpoint.dir).encode_now(TEXT)[:length]
+
+    def logits(dtype: torch.dtype) -> torch.Tensor:
+        loaded = load_reference(
+            config,
+            recipe,
+            checkpoint.tensors(),
+            SafetensorsSource([artifact]),
+            device=device,
+            shared=SharedTensors(),
+            checkpoint_key=checkpoint.digest,
+            dtype=dtype,
+        )
+        try:
+            return model_logits(loaded.model, torch.tensor(tokens))
+        finally:
+            loaded.close()
+
+    return record(tokens, logits(torch.float32), logits(DTYPES[recipe.dtype]))
 
 
 def _calibrate(recipe: Recipe, checkpoint: Checkpoint, settings: CalibrationSettings | None) -> Calibration | None:

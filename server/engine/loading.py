@@ -7,6 +7,8 @@ import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from model_store.formats.safetensors import SafetensorsSource
+from model_store.variants import MANIFEST
+from quantizers.canary import check, read
 from quantizers.errors import CorruptData, NotFound
 from quantizers.model import UNQUANTIZED_KERNEL, LoadedModel, load_model, predict_bytes
 from quantizers.recipe import Recipe, parse_recipe
@@ -16,6 +18,7 @@ from server.engine.executor import Executor
 from server.engine.interface import VariantSpec
 from server.engine.native_executor import NativeExecutor
 from server.engine.runner import Runner, choose_executor
+from server.engine.window import window_logits
 from server.residency import Claim
 
 
@@ -49,7 +52,9 @@ class FolderLoader:
         return _claim(spec, recipe, predict_bytes(config, recipe, checkpoint, artifact, device=str(self._device)))
 
     def load(self, spec: VariantSpec) -> Variant:
-        """Raises NotFound for a folder that is not there, CorruptData for files that do not fit each other, UnknownRecipe."""
+        """Raises NotFound for a folder that is not there, UnknownRecipe, and CorruptData for files that do not fit each other or a variant
+        that does not compute what was quantized.
+        """
         config, recipe, checkpoint = _open(spec)
         artifact = None if spec.artifact_dir is None else _tensors(Path(spec.artifact_dir))
         max_model_len = _context_length(config)
@@ -67,6 +72,7 @@ class FolderLoader:
                 max_model_len=max_model_len,
                 tokenizer_dir=Path(spec.checkpoint_dir),
             )
+            _check_canary(spec, runner.executor)
             return Variant(loaded, runner, _claim(spec, recipe, loaded.bytes))
         except BaseException:
             loaded.close()
@@ -75,6 +81,24 @@ class FolderLoader:
     def executor(self, model: PreTrainedModel, config: PretrainedConfig) -> Executor:
         """What runs `model`."""
         return choose_executor(model, config)
+
+
+def _check_canary(spec: VariantSpec, executor: Executor) -> None:
+    """A folder without a manifest, or an artifact from before there were canaries, has none."""
+    manifest = None if spec.artifact_dir is None else Path(spec.artifact_dir) / MANIFEST
+    if manifest is None or not manifest.is_file():
+        return
+    try:
+        stored = json.loads(manifest.read_bytes()).get("canary")
+    except (ValueError, AttributeError) as error:
+        raise CorruptData(f"the manifest of {spec.key} is no JSON object: delete the variant and quantize it again") from error
+    if stored is None:
+        return
+    canary = read(stored, str(spec.key))
+    try:
+        check(canary, window_logits(executor, canary.tokens), str(spec.key))
+    finally:
+        executor.allocate(0)
 
 
 def kernels_of(layers: dict[str, int], executor: Executor) -> dict[str, int]:

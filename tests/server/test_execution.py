@@ -11,7 +11,8 @@ from quantizers.evaluate import model_logits
 from quantizers.model import LoadedModel, load_model
 from quantizers.recipe import parse_recipe
 from quantizers.shared import SharedTensors
-from server.execution import STEP_TOKENS, ServedExecution
+from server.engine.window import STEP_TOKENS
+from server.execution import ServedExecution
 
 WINDOW = torch.randint(0, 96, (STEP_TOKENS + 37,), generator=torch.Generator().manual_seed(4))
 SIZES = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 256}
