@@ -147,7 +147,13 @@ def _engine_counters(stats: StepStats) -> Iterator[Metric]:
     preemptions = CounterMetricFamily("precis_preemptions", "sequences pushed out of the cache, computed again later", labels=VARIANT)
     for name, count in stats.preemptions.items():
         preemptions.add_metric(name.split("@", 1), count)
-    yield from (nonfinite, evictions, preemptions)
+    drafted = CounterMetricFamily("precis_draft_tokens", "tokens that were guessed and verified", labels=VARIANT)
+    for name, count in stats.drafted.items():
+        drafted.add_metric(name.split("@", 1), count)
+    right = CounterMetricFamily("precis_draft_tokens_accepted", "guessed tokens that were right", labels=VARIANT)
+    for name, count in stats.drafted_right.items():
+        right.add_metric(name.split("@", 1), count)
+    yield from (nonfinite, evictions, preemptions, drafted, right)
 
 
 def _load(stats: StepStats, residents: dict[VariantKey, ResidentInfo]) -> Iterator[Metric]:

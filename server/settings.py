@@ -30,6 +30,9 @@ class Settings(BaseSettings):
     on_load: bool = Field(True, description="quantize when a request names a recipe that has no artifact yet")
     memory_budget_bytes: int | None = Field(None, gt=0, description="ceiling of what residents may hold; default 80 % of what is free")
     max_waiting: int = Field(64, ge=1, description="requests that may wait in the engine before new ones get 503")
+    speculation: Literal["off", "lookup"] = Field(
+        "lookup", description="guess tokens from the text so far and verify them, where that pays"
+    )
     allowed_roots: list[Path] = Field([], description="folders under which POST /v1/checkpoints may import a path")
     allow_hub: bool = Field(False, description="POST /v1/checkpoints may import from the Hugging Face hub")
     max_upload_bytes: int = Field(64 << 30, gt=0, description="largest upload")

@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 _FIRST_PAUSE = 0.5  # seconds before the first restart; doubled with each that follows, up to
 _LAST_PAUSE = 30.0
+_COUNTERS = ("nonfinite_logits", "evictions", "preemptions", "drafted", "drafted_right")  # fields of StepStats that only grow
 _STEADY_SECONDS = 60.0  # a worker that lived this long did not die of how it started
 
 
@@ -51,7 +52,8 @@ class EngineClient:
         self._loads: dict[VariantSpec, asyncio.Task[ResidentInfo]] = {}
         self._specs: dict[VariantKey, VariantSpec] = {}
         self._stats: StepStats | None = None
-        self._counted: dict[str, dict[str, int]] = {"nonfinite_logits": {}, "evictions": {}, "preemptions": {}}  # by workers that are gone
+        # By workers that are gone.
+        self._counted: dict[str, dict[str, int]] = {name: {} for name in _COUNTERS}
         self._restarts = 0
         self._stopping = False
         self._why = "it was not started"

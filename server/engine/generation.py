@@ -13,6 +13,7 @@ from server.engine.interface import Finished, FinishReason, Request, Started, To
 from server.engine.runner import Runner
 from server.engine.sampler import Sampled, check_finite, token_logprobs
 from server.engine.scheduler import Sequence, Work
+from server.engine.speculation import Drafting
 
 
 class Generation:
@@ -26,6 +27,7 @@ class Generation:
         self.sampler = runner.sampler(request, grammar)
         self._logprobs: list[TokenLogprob | None] = [None]
         self._started = False
+        self._drafting = Drafting()
         self.sequence = Sequence(
             call,
             list(request.prompt_token_ids),
@@ -65,22 +67,36 @@ class Generation:
             check_finite(rows)
             self._logprobs += token_logprobs(rows, following, self._sampling.prompt_logprobs or 0)
 
-    def take(self, sampled: Sampled | None) -> Iterator[Started | Token | Finished]:
-        """Events after everything known was computed: `sampled` follows; None where no token was asked for."""
+    def draft(self, growing_share: float) -> None:
+        """Draft tokens for the next step, where only the newest is left to compute; see Drafting for `growing_share`."""
+        sequence = self.sequence
+        sequence.draft = []
+        if sequence.table is not None and len(sequence.tokens) - sequence.computed == 1:
+            most = sequence.max_tokens - sequence.generated - 1  # the last token is not computed any more
+            sequence.draft = self._drafting.draft(sequence.tokens, most, growing_share)
+
+    def verified(self, drafted: int, right: int) -> None:
+        """Of `drafted` tokens, the first `right` were right."""
+        self._drafting.verified(drafted, right)
+
+    def ends_with(self, token: int) -> bool:
+        """Whether nothing follows `token`, which was sampled."""
+        return token in self._end_ids or self.sampler.complete
+
+    def take(self, sampled: tuple[Sampled, ...]) -> Iterator[Started | Token | Finished]:
+        """Events after everything known was computed: `sampled` follow; none where no token was asked for."""
         if not self._started:
             yield self._start(tuple(self._logprobs))
-        if sampled is None:
-            yield self.finished("length")
-            return
-        token, logprob = sampled
-        if token in self._end_ids:
-            yield self.finished("stop")
-            return
-        self.sequence.tokens.append(token)
-        yield Token(token_id=token, logprob=logprob)
-        if self.sampler.complete:
-            yield self.finished("stop")
-        elif self.sequence.generated == self._sampling.max_tokens:
+        for index, (token, logprob) in enumerate(sampled):
+            if token in self._end_ids:
+                yield self.finished("stop")
+                return
+            self.sequence.tokens.append(token)
+            yield Token(token_id=token, logprob=logprob)
+            if index == len(sampled) - 1 and self.sampler.complete:
+                yield self.finished("stop")
+                return
+        if self.sequence.generated == self._sampling.max_tokens:
             yield self.finished("length")
 
     def finished(self, reason: FinishReason) -> Finished:

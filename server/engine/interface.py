@@ -152,6 +152,8 @@ class StepStats(_Message):
     nonfinite_logits: dict[str, int] = {}  # requests failed for NaN or infinite logits, since the engine started; restarts included
     evictions: dict[str, int] = {}  # variants that made room for others, counted likewise
     preemptions: dict[str, int] = {}  # sequences pushed out of the cache to be computed again, counted likewise
+    drafted: dict[str, int] = {}  # tokens that were guessed and verified, counted likewise
+    drafted_right: dict[str, int] = {}  # of them, those that were right
 
 
 class Engine(Protocol):

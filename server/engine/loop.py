@@ -26,7 +26,7 @@ from server.engine.interface import Failed, Finished, Request, Started, StepStat
 from server.engine.messages import Reply, Report, RequestEvent, Stats, to_failed
 from server.engine.residents import Residents
 from server.engine.runner import Runner
-from server.engine.scheduler import Scheduler, Step
+from server.engine.scheduler import Scheduler, Step, Work
 from server.engine.steps import Outcome, compute, translate
 from server.engine.turns import Turns
 
@@ -55,8 +55,9 @@ class _Job:
 class Loop:
     """Everything that one worker does. `emit` is called from every thread, at times under the lock, and must not block."""
 
-    def __init__(self, residents: Residents, emit: Emit, *, max_waiting: int) -> None:
-        self._residents, self._emit = residents, emit
+    def __init__(self, residents: Residents, emit: Emit, *, max_waiting: int, speculates: bool = False) -> None:
+        """`speculates`: tokens are drafted and verified, where that pays."""
+        self._residents, self._emit, self._speculates = residents, emit, speculates
         self._lock = residents.changed
         self._arrivals = Arrivals(max_waiting)
         self._waiting: list[_Job] = []  # by arrival; not resident yet, or not pinned
@@ -68,6 +69,8 @@ class Loop:
         self._operations: queue.SimpleQueue[VariantSpec | tuple[VariantKey, int] | None] = queue.SimpleQueue()
         self._nonfinite: dict[str, int] = {}
         self._preemptions: dict[str, int] = {}
+        self._drafted: dict[str, int] = {}
+        self._drafted_right: dict[str, int] = {}
 
     # Commands, from the thread that reads the socket.
 
@@ -139,6 +142,8 @@ class Loop:
                 nonfinite_logits=dict(self._nonfinite),
                 evictions=dict(self._residents.evictions),
                 preemptions=dict(self._preemptions),
+                drafted=dict(self._drafted),
+                drafted_right=dict(self._drafted_right),
             )
 
     def _usage(self, key: VariantKey) -> float:
@@ -318,6 +323,10 @@ class Loop:
             scheduler = runner.scheduler
             assert scheduler is not None, "pinned requests have a cache"
             before = scheduler.preemptions
+            if self._speculates:
+                share = runner.cost.growing_share(len(scheduler.running) or 1)
+                for job in jobs.values():
+                    self._generation(job).draft(share)
             step = scheduler.schedule()
             assert step is not None, "whoever is first in order can always run"
             self._count(self._preemptions, key, scheduler.preemptions - before)
@@ -332,8 +341,11 @@ class Loop:
             for job in stepping:
                 self._fail(job.call, translate(error, f"request {job.request.id} on {key}"))
             raise
+        seconds = time.perf_counter() - began
+        if all(work.count == 1 for work in step.work):
+            runner.cost.measured(sum(work.rows for work in step.work), seconds)
         with self._lock:
-            self._turns.charge(key, time.perf_counter() - began)
+            self._turns.charge(key, seconds)
             self._computing = set()
             return self._commit(scheduler, step, stepping, outcomes)
 
@@ -350,10 +362,21 @@ class Loop:
                 self._end(job, outcome)
             else:
                 scheduler.advance(work)
-                if not work.samples or not self._tell(job, self._generation(job).take(outcome)):
+                if work.draft:
+                    self._verify(job, work, len(outcome) - 1)
+                if not work.samples:
+                    continue
+                if not self._tell(job, self._generation(job).take(outcome)):
+                    scheduler.confirm(work, max(0, len(outcome) - 1))
                     continue
             ended += 1
         return ended > 0
+
+    def _verify(self, job: _Job, work: Work, right: int) -> None:
+        """Note how good a draft was."""
+        self._generation(job).verified(len(work.draft), right)
+        self._count(self._drafted, job.spec.key, len(work.draft))
+        self._count(self._drafted_right, job.spec.key, right)
 
     def _tell(self, job: _Job, events: Iterator[Started | Token | Finished]) -> bool:
         """Emit `events`; returns whether the last event was among them."""

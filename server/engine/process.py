@@ -31,12 +31,16 @@ class EngineSettings(Protocol):
     @property
     def max_waiting(self) -> int: ...
 
+    @property
+    def speculation(self) -> str: ...
+
 
 def worker_command(settings: EngineSettings, socket_fd: int, threads: int | None) -> list[str]:
     """The worker's command line. None leaves the threads to the worker: every core that this process may use."""
     # -P: a folder named `server` where the user happens to stand is not ours.
     command = [sys.executable, "-P", "-m", "server.engine.worker", "--socket-fd", str(socket_fd)]
     command += ["--device", settings.device, "--max-waiting", str(settings.max_waiting)]
+    command += ["--speculation", settings.speculation]
     if settings.memory_budget_bytes is not None:
         command += ["--memory-budget-bytes", str(settings.memory_budget_bytes)]
     if threads is not None:

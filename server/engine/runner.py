@@ -20,6 +20,7 @@ from server.engine.interface import Request
 from server.engine.native_executor import NativeExecutor
 from server.engine.sampler import Sampler
 from server.engine.scheduler import Limits, Scheduler
+from server.engine.speculation import StepCost
 
 _LOGIT_ELEMENTS = 1 << 24  # positions x vocabulary that are materialised at once for prompt log-probabilities: 64 MiB in fp32
 _CACHE_TOKENS = 1 << 16  # that a cache is made for where there is room: 32 sequences of 2,048, or the longest one if that is more
@@ -62,6 +63,7 @@ class Runner:
         self.dtype = dtype
         self.device = device
         self.scheduler: Scheduler | None = None  # while a cache is open
+        self.cost = StepCost()
         self.limits = Limits(scored_tokens=max(1, min(Limits.step_tokens, _LOGIT_ELEMENTS // self.vocab_size)))
         rows = max(self.limits.sequences, self.limits.scored_tokens)
         self.workspace_bytes = workspace_bytes(config, dtype, self.limits.step_tokens, rows) + executor.held_bytes

@@ -14,7 +14,7 @@ hold the same blocks, each of which is copied when one of them writes into it.
 import bisect
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from server.engine.blocks import BlockPool, BlockTable, OutOfBlocks
 
@@ -45,6 +45,7 @@ class Sequence:
     deadline: float = math.inf  # on the clock of `arrival`; one that has not begun by then is dropped
     scored: int | None = None  # prompt positions whose logits were used, where those are wanted
     prompt_tokens: int = field(init=False)
+    draft: list[int] = field(default_factory=list)  # tokens that may follow, to be verified by the next step
     table: BlockTable | None = None  # while it runs
     computed: int = 0  # leading tokens whose keys and values are in its blocks
     cached: int = 0  # of the prompt, found in the cache when it began
@@ -72,16 +73,22 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Work:
-    """`count` tokens of a sequence from position `start` on; logits are wanted from position `logits_from` on."""
+    """`count` tokens of a sequence from position `start` on, and `draft` behind them; logits are wanted from position `logits_from` on."""
 
     sequence: Sequence
     start: int
     count: int
     logits_from: int
+    draft: tuple[int, ...] = ()
 
     @property
     def end(self) -> int:
         return self.start + self.count
+
+    @property
+    def rows(self) -> int:
+        """Tokens that it computes."""
+        return self.count + len(self.draft)
 
     @property
     def samples(self) -> bool:
@@ -159,7 +166,7 @@ class Scheduler:
         work = list(self._decodes(copies))
         budget = self._limits.step_tokens
         if work:
-            budget = min(budget - len(work), self._limits.mixed_tokens)
+            budget = min(budget - sum(one.rows for one in work), self._limits.mixed_tokens)
         for sequence in self.running:
             if len(sequence.tokens) - sequence.computed > 1 and budget > 0:
                 work.append(self._chunk(sequence, budget))
@@ -185,18 +192,34 @@ class Scheduler:
             sequence.scored = max(sequence.scored, min(work.end, sequence.prompt_tokens - 1))
         sequence.table.publish(sequence.tokens, work.end)
 
+    def confirm(self, work: Work, right: int) -> None:
+        """The first `right` tokens of the draft of `work` are tokens of the sequence now, and their keys and values count."""
+        sequence = work.sequence
+        assert sequence.table is not None and right <= len(work.draft), "what is in a step runs"
+        sequence.computed = work.end + right
+        sequence.table.publish(sequence.tokens, sequence.computed)
+
     def _decodes(self, copies: list[tuple[int, int]]) -> Iterator[Work]:
-        """One token of every sequence that has a single one left to compute; the last in order give way where blocks run out."""
+        """One token of every sequence that has a single one left to compute; the last in order give way where blocks run out.
+
+        Nobody gives way for a draft: it is dropped where it finds no room in blocks or in the step.
+        """
+        room = self._limits.step_tokens - self._limits.sequences
         for sequence in list(self.running):
             if sequence.table is None or len(sequence.tokens) - sequence.computed != 1:
                 continue
+            end = sequence.computed + 1
+            draft = tuple(sequence.draft) if len(sequence.draft) <= room else ()
+            if draft and sequence.table.needed(sequence.computed, end + len(draft)) > self._pool.free:
+                draft = ()
             while sequence.table is not None:
                 try:
-                    copies += sequence.table.reserve(sequence.computed, sequence.computed + 1)
+                    copies += sequence.table.reserve(sequence.computed, end + len(draft))
                 except OutOfBlocks:
                     self._preempt(self.running[-1])
                 else:
-                    yield self._chunk(sequence, 1)
+                    room -= len(draft)
+                    yield replace(self._chunk(sequence, 1), draft=draft)
                     break
 
     def _preempt(self, sequence: Sequence) -> None:

@@ -14,7 +14,8 @@ from server.engine.scheduler import Step, Work
 
 logger = logging.getLogger(__name__)
 
-Outcome = Sampled | PrecisError | None  # the next token, what went wrong, or None where no token follows yet or none is wanted
+# The next tokens, those of a draft that were right and one more; none where none follows yet or is wanted; or what went wrong.
+Outcome = tuple[Sampled, ...] | PrecisError
 
 
 def compute(executor: Executor, step: Step, generations: Mapping[int, Generation]) -> list[Outcome]:
@@ -31,25 +32,47 @@ def compute(executor: Executor, step: Step, generations: Mapping[int, Generation
     outcomes: list[Outcome] = []
     for work, rows in zip(step.work, logits, strict=True):
         outcomes.append(rows if isinstance(rows, PrecisError) else _score(generations[work.sequence.call], work, rows))
-    sampled = [
+    active = [
         index
         for index, work in enumerate(step.work)
-        if work.samples and outcomes[index] is None and work.sequence.max_tokens > work.sequence.generated
+        if work.samples and outcomes[index] == () and work.sequence.max_tokens > work.sequence.generated
     ]
-    if sampled:
-        last = torch.stack([rows[-1] for index in sampled if isinstance(rows := logits[index], Tensor)])
-        samplers = [generations[step.work[index].sequence.call].sampler for index in sampled]
-        for index, outcome in zip(sampled, sample(last, samplers), strict=True):
-            outcomes[index] = outcome
+    drafted = 0  # of the draft, that were right in all of `active`
+    while active:
+        rows = torch.stack([_next_row(logits[index], step.work[index], drafted) for index in active])
+        sampled = sample(rows, [generations[step.work[index].sequence.call].sampler for index in active])
+        for index, found in zip(active, sampled, strict=True):
+            before = outcomes[index]
+            assert not isinstance(before, PrecisError), "who failed is not active"
+            if not isinstance(found, PrecisError):
+                outcomes[index] = (*before, found)
+            elif not before:
+                outcomes[index] = found  # else the next step comes to the same failure, with what was right told before
+        active = [index for index in active if _goes_on(step.work[index], outcomes[index], generations)]
+        drafted += 1
     return outcomes
 
 
-def _score(generation: Generation, work: Work, rows: Tensor) -> NonFiniteLogits | None:
+def _next_row(logits: Tensor | PrecisError, work: Work, drafted: int) -> Tensor:
+    """Logits [vocab] behind everything known of a sequence and `drafted` tokens of its draft."""
+    assert isinstance(logits, Tensor), "who failed is not active"
+    return logits[work.end - work.logits_from - 1 + drafted]
+
+
+def _goes_on(work: Work, outcome: Outcome, generations: Mapping[int, Generation]) -> bool:
+    """Whether the newest token is the draft's, so that the logits behind it hold."""
+    if isinstance(outcome, PrecisError) or not 0 < len(outcome) <= len(work.draft):
+        return False
+    token, _ = outcome[-1]
+    return token == work.draft[len(outcome) - 1] and not generations[work.sequence.call].ends_with(token)
+
+
+def _score(generation: Generation, work: Work, rows: Tensor) -> Outcome:
     try:
         generation.score(work, rows)
     except NonFiniteLogits as error:
         return error
-    return None
+    return ()
 
 
 def _forward(executor: Executor, work: Sequence[Work], generations: Mapping[int, Generation]) -> list[Tensor | PrecisError]:
@@ -62,13 +85,14 @@ def _forward(executor: Executor, work: Sequence[Work], generations: Mapping[int,
         if len(work) > 1:
             return [result for one in work for result in _forward(executor, [one], generations)]
         return [translate(error, f"request {generations[work[0].sequence.call].id}")]
-    return list(torch.split(logits, [one.end - one.logits_from for one in work]))
+    return list(torch.split(logits, [one.end - one.logits_from + len(one.draft) for one in work]))
 
 
 def _chunk(work: Work) -> Chunk:
     sequence = work.sequence
     assert sequence.table is not None, "what is in a step runs"
-    return Chunk(sequence.tokens[work.start : work.end], work.start, sequence.table.blocks, work.logits_from - work.start)
+    tokens = [*sequence.tokens[work.start : work.end], *work.draft]
+    return Chunk(tokens, work.start, sequence.table.blocks, work.logits_from - work.start)
 
 
 def translate(error: Exception, during: str) -> PrecisError:

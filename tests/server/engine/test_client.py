@@ -27,6 +27,7 @@ class Options:
     device: str = "cpu"
     memory_budget_bytes: int | None = 1 << 30
     max_waiting: int = 8
+    speculation: str = "lookup"
 
 
 def run(test: Callable[[EngineClient], Awaitable[None]], options: Options | None = None, grace: float = 0.0) -> None:

@@ -19,6 +19,7 @@ class Options:
     device: str = "cpu"
     memory_budget_bytes: int | None = 1 << 28
     max_waiting: int = QUEUE
+    speculation: str = "lookup"
 
 
 class Flood:

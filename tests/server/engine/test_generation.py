@@ -4,7 +4,8 @@ At every batch size, with mixed lengths, with and without prefixes found in the 
 out of a cache that is too small. Both executors: transformers' modeling code, and the native step where the machine has it.
 """
 
-from collections.abc import Iterator
+import random
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -110,7 +111,8 @@ class Driver:
         runner.executor.allocate(blocks)
         self.pool = BlockPool(blocks)
         self.scheduler = Scheduler(self.pool, runner.executor.block_size, Limits(**{"scored_tokens": 300, **limits}))
-        self.steps = 0
+        self.steps = self.right = 0
+        self.drafter: Callable[[Generation], None] = lambda generation: None
 
     def run(self, requests: list[Request]) -> list[Events]:
         generations = {call: Generation(call, request, self.runner, 0.0) for call, request in enumerate(requests)}
@@ -126,6 +128,8 @@ class Driver:
         return events
 
     def step(self, generations: dict[int, Generation], events: list[Events]) -> None:
+        for generation in generations.values():
+            self.drafter(generation)
         step = self.scheduler.schedule()
         assert step is not None
         self.steps += 1
@@ -138,6 +142,9 @@ class Driver:
             else:
                 self.scheduler.advance(work)
                 told += generations[work.sequence.call].take(outcome) if work.samples else []
+                if work.samples and not isinstance(told[-1], Finished):
+                    self.scheduler.confirm(work, max(0, len(outcome) - 1))
+                self.right += max(0, len(outcome) - 1)
             if told and isinstance(told[-1], Finished | PrecisError):
                 self.scheduler.remove(work.sequence)
 
@@ -299,6 +306,47 @@ def test_choices_of_one_prompt_are_those_of_each_alone(runner: Runner, prompts: 
     alone = [Driver(runner).run([request])[0] for request in requests]
     assert [tokens_of(events) for events in together] == [tokens_of(events) for events in alone]
     assert len({tuple(tokens_of(events)) for events in together}) == 4
+
+
+def guesser(continuations: dict[tuple[int, ...], list[int]], seed: int) -> Callable[[Generation], None]:
+    """Drafts of 0 to 5 tokens from what is known to follow each prompt, every fourth of them wrong."""
+    choose = random.Random(seed)
+
+    def draft(generation: Generation) -> None:
+        sequence = generation.sequence
+        right = continuations[tuple(sequence.tokens[: sequence.prompt_tokens])][sequence.generated :]
+        length = min(choose.randint(0, 5), sequence.max_tokens - sequence.generated - 1)
+        sequence.draft = [token if choose.random() < 0.75 else 7 for token in right[:length]]
+
+    return draft
+
+
+def test_drafts_change_no_greedy_token(runner: Runner, prompts: list[tuple[int, ...]], expected: list[list[int]]) -> None:
+    """Right and wrong ones, in batches, with pieces of prompts beside them and sequences pushed out of a small cache."""
+    for blocks, limits in ((500, {}), (30, {"step_tokens": 100, "mixed_tokens": 40, "sequences": 16})):
+        chosen = [index for index, ids in enumerate(prompts) if len(ids) + COUNT <= blocks * 16]
+        driver = Driver(runner, blocks=blocks, **limits)
+        driver.drafter = guesser({prompts[index]: expected[index] for index in chosen}, seed=blocks)
+        for index, events in zip(chosen, driver.run([request_of(prompts[index]) for index in chosen]), strict=True):
+            last = finished(events)
+            assert tokens_of(events) == expected[index]
+            assert last.completion_tokens == len(expected[index])
+        assert driver.right > len(chosen), "drafts are of use"
+
+
+def test_drafts_change_no_sampled_token_and_no_logprob(runner: Runner, prompts: list[tuple[int, ...]]) -> None:
+    """The sampler draws what it would have drawn: with a seed the very same tokens, so without one the same distribution."""
+    options = {"temperature": 0.8, "top_p": 0.95, "frequency_penalty": 0.3, "logprobs": 2, "max_tokens": 12, "ignore_eos": True}
+    requests = [request_of(ids, seed=index, **options) for index, ids in enumerate(prompts[:6])]
+    plain = Driver(runner).run(requests)
+    driver = Driver(runner)
+    driver.drafter = guesser({ids: tokens_of(events) for ids, events in zip(prompts, plain, strict=False)}, seed=1)
+    guessed = driver.run(requests)
+    assert [tokens_of(events) for events in guessed] == [tokens_of(events) for events in plain] and driver.right > 6
+    for one, other in zip(plain, guessed, strict=True):
+        for token, again in zip(one, other, strict=True):
+            if isinstance(token, Token) and isinstance(again, Token) and token.logprob and again.logprob:
+                assert again.logprob.logprob == pytest.approx(token.logprob.logprob, abs=1e-4)
 
 
 def test_what_cannot_be_sampled_fails_alone(runner: Runner) -> None:

@@ -61,12 +61,12 @@ def trouble(module: torch.nn.Module, arguments: tuple[torch.Tensor], output: tor
 class Bench:
     """A loop and everything that it said."""
 
-    def __init__(self, budget: int = PLENTY, max_waiting: int = 64) -> None:
+    def __init__(self, budget: int = PLENTY, max_waiting: int = 64, speculates: bool = False) -> None:
         self.loader = InstrumentedLoader()
         self.ledger = Ledger(budget)
         self.residents = Residents(self.loader, self.ledger, CPU)
         self.said: list[Report] = []
-        self.loop = Loop(self.residents, self.said.append, max_waiting=max_waiting)
+        self.loop = Loop(self.residents, self.said.append, max_waiting=max_waiting, speculates=speculates)
 
     def submit(self, call: int, spec: VariantSpec, prompt: tuple[int, ...] = (1, 2, 3), **sampling: object) -> None:
         options = {"max_tokens": 3, "temperature": 0, **sampling}
@@ -389,6 +389,27 @@ def test_a_measurement_beyond_the_budget_gives_everything_back(specs: dict[str, 
 )
 def test_allocators_errors_become_one(error: Exception) -> None:
     assert type(translate(error, "loading x")).__name__ == "OutOfMemory"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.4])
+def test_speculation_changes_the_steps_and_no_token(specs: dict[str, VariantSpec], temperature: float) -> None:
+    """A text that repeats itself, which is what lookup is for; beside it requests that end in a draft."""
+    told = []
+    for speculates in (False, True):
+        with running(Bench(speculates=speculates)) as bench:
+            for call in range(1, 6):
+                two_words = {20: 50.0, 21: 50.0}
+                options = {"max_tokens": 30 + call, "temperature": temperature, "seed": call, "logit_bias": two_words}
+                bench.submit(call, specs["fp32"], prompt=(20, 21, 20, 20) * 10, **options)
+            assert all(isinstance(bench.last(call), Finished) for call in range(1, 6))
+            told.append([bench.events(call) for call in range(1, 6)])
+            stats = bench.loop.stats()
+            assert (stats.drafted.get("tiny@fp32", 0) > 0) is speculates
+            assert 0 <= stats.drafted_right.get("tiny@fp32", 0) <= stats.drafted.get("tiny@fp32", 0)
+    plain, guessed = told
+    assert [[event for event in events if isinstance(event, Token)] for events in plain] == [
+        [event for event in events if isinstance(event, Token)] for events in guessed
+    ]
 
 
 DIGITS = '{"grammars": [{"json_schema": {"type": "array", "items": {"type": "integer", "maximum": 99}, "maxItems": 4}}]}'

@@ -29,7 +29,7 @@ class Model:
         self.limits = limits
         self.cache: dict[int, list[int]] = defaultdict(lambda: [-1] * SIZE)
         self.scores: dict[int, list[int]] = defaultdict(list)  # call -> positions
-        self.steps = 0
+        self.steps = self.right = 0
 
     def run(self) -> list[Sequence]:
         """One step; returns the sequences that ended with it."""
@@ -44,7 +44,7 @@ class Model:
         return [work.sequence for work in step.work if self.finish(work)]
 
     def check(self, step: Step) -> None:
-        assert 0 < sum(work.count for work in step.work) <= self.limits.step_tokens
+        assert 0 < sum(work.rows for work in step.work) <= self.limits.step_tokens
         assert len({work.sequence.call for work in step.work}) == len(step.work) <= self.limits.sequences
         if any(work.count == 1 and work.sequence.generated for work in step.work):
             read = sum(work.count for work in step.work if not work.sequence.generated)
@@ -54,11 +54,12 @@ class Model:
     def write(self, work: Work) -> None:
         table = work.sequence.table
         assert table is not None
-        for position in range(work.start, work.end):
+        tokens = [*work.sequence.tokens, *work.draft]
+        for position in range(work.start, work.end + len(work.draft)):
             block = table.blocks[position // SIZE]
             assert self.pool.references(block) == 1
             assert not self.pool.published(block)
-            self.cache[block][position % SIZE] = work.sequence.tokens[position]
+            self.cache[block][position % SIZE] = tokens[position]
 
     def finish(self, work: Work) -> bool:
         sequence, table = work.sequence, work.sequence.table
@@ -71,11 +72,25 @@ class Model:
         if not work.samples:
             return False
         assert work.logits_from < work.end
-        sequence.tokens.append(following(seen))
+        right = 0
+        sequence.tokens.append(following(sequence.tokens))
+        while right < len(work.draft) and work.draft[right] == sequence.tokens[-1]:
+            sequence.tokens.append(following(sequence.tokens))
+            right += 1
+        self.right += right
         if sequence.generated == sequence.max_tokens:
             self.scheduler.remove(sequence)
             return True
+        self.scheduler.confirm(work, right)
         return False
+
+    def draft(self, choose: random.Random) -> None:
+        """Guesses of random lengths for all that run, each token right half of the time."""
+        for sequence in self.scheduler.running:
+            tokens = list(sequence.tokens)
+            for _ in range(min(choose.randint(0, 6), sequence.max_tokens - sequence.generated - 1)):
+                tokens.append(following(tokens) if choose.random() < 0.5 else choose.randint(0, 2))
+            sequence.draft = tokens[len(sequence.tokens) :]
 
 
 def expected(prompt: list[int], count: int) -> list[int]:
@@ -86,8 +101,8 @@ def expected(prompt: list[int], count: int) -> list[int]:
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.integers(0, 2**32), st.integers(6, 40))
-def test_random_arrivals_and_cancellations(seed: int, blocks: int) -> None:
+@given(st.integers(0, 2**32), st.integers(6, 40), st.booleans())
+def test_random_arrivals_and_cancellations(seed: int, blocks: int, drafts: bool) -> None:
     choose = random.Random(seed)
     model = Model(blocks)
     prompts: dict[int, list[int]] = {}
@@ -105,6 +120,8 @@ def test_random_arrivals_and_cancellations(seed: int, blocks: int) -> None:
         model.scheduler.add(sequence)
         for _ in range(choose.randint(0, 4)):
             if model.scheduler.busy:
+                if drafts:
+                    model.draft(choose)
                 ended += model.run()
         if choose.random() < 0.2:
             cancelled = choose.choice([other for other in alive.values() if other not in ended] or [sequence])
@@ -112,6 +129,8 @@ def test_random_arrivals_and_cancellations(seed: int, blocks: int) -> None:
                 model.scheduler.remove(cancelled)
                 del alive[cancelled.call]
     while model.scheduler.busy:
+        if drafts:
+            model.draft(choose)
         ended += model.run()
         assert model.steps < 5000, "somebody starves"
     assert sorted(sequence.call for sequence in ended) == sorted(alive)
