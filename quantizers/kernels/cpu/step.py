@@ -6,6 +6,7 @@ of threads: sums have one order, and the context is cut into fixed parts.
 """
 
 import ctypes
+import time
 from typing import Self
 
 import numpy as np
@@ -17,10 +18,12 @@ from quantizers.errors import InvalidInput, OutOfMemory
 from quantizers.kernels.cpu import library
 from quantizers.kernels.cpu.llama import Facts, matrix, read, why_not
 from quantizers.kernels.cpu.structs import PHASES, Batch, Layer, Model
+from quantizers.kernels.cpu.team import TeamSize
 
 BLOCK_SIZE = 16  # positions of a cache block
 _FIRST_POSITIONS = 1024  # of the rotary tables, which double when a text grows beyond them
 _NO_MEMORY = 1
+_WAIT = PHASES.index("wait")
 _REFUSALS = {
     2: "a token id lies outside the vocabulary of {vocab}",
     3: "a position is negative or does not follow its sequence's position before it by one",
@@ -50,6 +53,8 @@ class NativeStep:
         if not self._step:
             raise OutOfMemory("no memory for the native step's description of the model")
         self._gather()
+        self._team = TeamSize()
+        self._seconds = (ctypes.c_double * len(PHASES))()
         self._cache = torch.empty(0, dtype=torch.uint8)
         self._blocks = 0
         self._cos = self._sin = torch.empty(0, self._facts.head_dim // 2)
@@ -139,14 +144,22 @@ class NativeStep:
             cache=self._cache.data_ptr(),
             logits=logits.data_ptr(),
         )
-        self._check(self._library.precis_step_forward(self._step, ctypes.byref(batch), library.threads()))
+        self._run(batch)
         return logits
+
+    def _run(self, batch: Batch) -> None:
+        threads, waited, started = self._team.choose(library.threads()), self._waited(), time.perf_counter()
+        self._check(self._library.precis_step_forward(self._step, ctypes.byref(batch), threads))
+        self._team.learn(threads, time.perf_counter() - started, self._waited() - waited)
+
+    def _waited(self) -> float:
+        self._library.precis_step_seconds(self._step, self._seconds)
+        return self._seconds[_WAIT]
 
     def profile(self) -> dict[str, float]:
         """Seconds that the calling thread spent in each phase, over all steps so far. `wait`: for the other threads."""
-        seconds = (ctypes.c_double * len(PHASES))()
-        self._library.precis_step_seconds(self._step, seconds)
-        return dict(zip(PHASES, seconds, strict=True))
+        self._library.precis_step_seconds(self._step, self._seconds)
+        return dict(zip(PHASES, self._seconds, strict=True))
 
     def close(self) -> None:
         """Give the cache and the workspace back. A second call does nothing; no other call may follow."""
