@@ -10,7 +10,7 @@ PIP    := $(BIN)/python -m pip install --disable-pip-version-check -q
 export PRECIS_DATA_DIR ?= $(CURDIR)/data
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: serve test test-all check format lock clean
+.PHONY: serve test test-all check format lock bench clean
 .DELETE_ON_ERROR:
 
 serve: $(VENV)/serve-$(DEVICE)
@@ -64,6 +64,10 @@ lock: $(VENV)/dev-$(DEVICE)
 	$(COMPILE) -o requirements/dev.txt --extra dev -c requirements/cpu.txt pyproject.toml
 	sed 's/+cpu$$//' requirements/cpu.txt > $(VENV)/versions.txt
 	env -u PIP_FIND_LINKS PIP_CONFIG_FILE=/dev/null $(COMPILE) -o requirements/cuda.txt -c $(VENV)/versions.txt pyproject.toml
+
+# Beside llama.cpp, OpenVINO and transformers, each in an environment of its own under .cache/peers; wants a machine that does nothing else.
+bench: $(VENV)/dev-$(DEVICE)
+	$(BIN)/python -m benchmarks.peers --json benchmarks/peers.json --plot benchmarks/peers.svg
 
 clean:
 	rm -rf $(VENV) build *.egg-info .cache

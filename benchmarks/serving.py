@@ -1,0 +1,144 @@
+"""What HTTP, tokenization, sampling and scheduling add to a step: one stream's decode speed at three depths, taking turns in one run.
+
+    python -m benchmarks.serving [RECIPE ...] [--rounds 5] [--tokens 128] [--json FILE]
+
+step: the native step and the choice of the largest logit, in a process of their own. engine: a request to the engine's worker process.
+HTTP: `precis serve` and the official client, counting the tokens that arrive. The best round of each is reported.
+"""
+
+import argparse
+import asyncio
+import json
+import random
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from openai import OpenAI
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.peers.__main__ import PEERS, PROMPTS, Running, demo_checkpoint
+from benchmarks.throughput import Settings, decode_speed
+from model_store.store import Store
+from server.engine.client import EngineClient
+from server.engine.interface import VariantKey, VariantSpec
+from server.quantizing import ensure_variant
+
+CONTEXT = 119
+
+
+class Http:
+    """A server with the variants resident, and a client."""
+
+    def __init__(self, recipes: list[str]) -> None:
+        command = [
+            sys.executable,
+            "-m",
+            "server.cli",
+            "serve",
+            "demo",
+            "--recipes",
+            *recipes,
+            "--port",
+            "0",
+            "--data-dir",
+            str(PEERS / "data"),
+        ]
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if found := re.search(r"listens on (http://\S+)", line):
+                self._client = OpenAI(base_url=f"{found[1]}/v1", api_key="none", timeout=300)
+                return
+        raise SystemExit(f"precis serve ended with status {self._process.wait()}")
+
+    def decode(self, recipe: str, tokens: int) -> float:
+        """Tokens a second between the first and the last that the client sees."""
+        prompt = [random.randrange(100, 40000) for _ in range(CONTEXT)]
+        stream = self._client.completions.create(
+            model=f"demo@{recipe}",
+            prompt=prompt,
+            max_tokens=tokens,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+            extra_body={"ignore_eos": True},
+        )
+        first = last = 0.0
+        made = 0
+        for chunk in stream:
+            if chunk.choices:
+                last = time.perf_counter()
+                first = first or last
+            if chunk.usage is not None:
+                made = chunk.usage.completion_tokens
+        return (made - 1) / (last - first)
+
+    def close(self) -> None:
+        self._process.terminate()
+        self._process.wait()
+
+
+async def measure(options: argparse.Namespace) -> list[dict[str, float | str]]:
+    demo = demo_checkpoint()
+    artifacts: dict[str, str] = {}
+    with Store(PEERS / "data") as store:
+        for slug in options.recipes:
+            baseline = slug in ("bf16", "fp32")
+            artifacts[slug] = "" if baseline else str(ensure_variant(store, "demo", slug, device="cpu", progress=lambda _: None).dir)
+    engine = EngineClient(Settings(device="cpu"), threads=options.threads)
+    await engine.start()
+    http = Http(options.recipes)
+    best: dict[tuple[str, str], float] = {}
+    try:
+        for slug in options.recipes:
+            key = VariantKey(model="demo", precision=slug)
+            info = await engine.load(VariantSpec(key=key, checkpoint_dir=str(demo), artifact_dir=artifacts[slug] or None))
+            step = Running.start("Precis", slug, Path(sys.executable), "ours.py", f"{demo}:{slug}:{artifacts[slug]}", options.threads)
+            step.run("load", "load")
+            http.decode(slug, options.tokens)  # loads it
+            for _ in range(options.rounds):
+                step.run("step", "decode", prompts=[PROMPTS[0][:CONTEXT]], steps=options.tokens)
+                rates = {"step": options.tokens / step.best["step"]}
+                rates["engine"] = await decode_speed(engine, key, info, 1, argparse.Namespace(prompt=CONTEXT, tokens=options.tokens))
+                rates["HTTP"] = await asyncio.to_thread(http.decode, slug, options.tokens)
+                for depth, rate in rates.items():
+                    best[slug, depth] = max(best.get((slug, depth), 0), rate)
+            step.process.kill()
+            step.process.wait()
+    finally:
+        http.close()
+        await engine.stop(0)
+    return [
+        {"recipe": slug}
+        | {depth: round(best[slug, depth], 1) for depth in ("step", "engine", "HTTP")}
+        | {
+            "HTTP by step": round(best[slug, "HTTP"] / best[slug, "step"], 3),
+            "HTTP by engine": round(best[slug, "HTTP"] / best[slug, "engine"], 3),
+        }
+        for slug in options.recipes
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipes", nargs="*", default=["rtn-w4g32-head8", "bf16"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    rows = asyncio.run(measure(options))
+    table = Table(*rows[0], title="one stream, tokens a second")
+    for row in rows:
+        table.add_row(*map(str, row.values()))
+    Console().print(table)
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
