@@ -21,6 +21,7 @@ from model_store.formats.safetensors import SafetensorsWriter
 from model_store.store import Store
 from model_store.variants import Manifest
 from quantizers.errors import Conflict, CorruptData, InvalidInput, UnsupportedScheme
+from quantizers.linear import QuantizedLinear
 from quantizers.methods.rtn import quantize_nearest
 from quantizers.model import load_model, load_reference
 from quantizers.packing import unpack
@@ -34,6 +35,7 @@ from tests.quantizers.conftest import MemoryTensors, calibration_tokens
 
 # Both sides multiply the same fp32 weights; sums in another order differ in the last bits.
 SAME_WEIGHTS = 1e-5
+SAME_LAYER = 1e-6
 # A token that lies between two codes can round to the other one after such a difference: one step in 127 of one input of a layer.
 SAME_TOKENS = 5e-3
 # bf16 activations and inputs rounded to 8 bits in groups, on random weights that forgive nothing.
@@ -108,6 +110,24 @@ def test_transformers_computes_what_we_compute(slug: str, checkpoint: Checkpoint
     theirs = logits(AutoModelForCausalLM.from_pretrained(exported(checkpoint, slug, artifact, tmp_path / "out"), dtype=torch.float32))
     assert difference(ours(load_reference, checkpoint, slug, artifact), theirs) < (SAME_TOKENS if slug in TOKENS else SAME_WEIGHTS)
     assert difference(ours(load_model, checkpoint, slug, artifact), theirs) < SERVED
+
+
+@pytest.mark.parametrize("slug", TOKENS)
+def test_every_layer_with_rounded_tokens_gives_the_same_for_the_same_input(slug: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """A whole model amplifies a single rounding to the other side; a layer that is given our own input has none to amplify."""
+    artifact = artifact_of(checkpoint, slug)
+    theirs = AutoModelForCausalLM.from_pretrained(exported(checkpoint, slug, artifact, tmp_path / "out"), dtype=torch.float32)
+    logits(theirs)  # the first pass multiplies the weights out
+    config, options = AutoConfig.from_pretrained(checkpoint.dir), {"device": "cpu", "shared": SharedTensors(), "checkpoint_key": "tiny"}
+    loaded = load_reference(config, parse_recipe(slug), checkpoint.tensors(), artifact, **options)
+    seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    for name, module in loaded.model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            module.register_forward_hook(lambda _, args, out, name=name: seen.__setitem__(name, (args[0].clone(), out.clone())))
+    logits(loaded.model)
+    assert len(seen) == 14 + slug.endswith("head8")
+    with torch.inference_mode():
+        assert max(difference(out, theirs.get_submodule(name)(x)) for name, (x, out) in seen.items()) < SAME_LAYER
 
 
 @pytest.mark.parametrize("slug", SEVERAL_WITH_ZERO_POINTS)
