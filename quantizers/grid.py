@@ -127,6 +127,15 @@ def minimum_grid(scale: Tensor, minimum: Tensor, scheme: IntegerScheme, layer: s
     return Grid(scheme, _to_fp16(scale, layer), minimum=_finite_fp16(minimum, layer))
 
 
+def learned_grid(scale: Tensor, zero: Tensor | None, scheme: IntegerScheme, layer: str) -> Grid:
+    """The stored form of trained numbers fp32 [out, G]: `zero` is in codes for integer zero points, in weights for minimums."""
+    if scheme.zero == "minimum":
+        assert zero is not None
+        return minimum_grid(scale, zero, scheme, layer)
+    point = None if zero is None else zero.round().clamp(0, scheme.qmax).to(torch.uint8)
+    return Grid(scheme, _to_fp16(scale, layer), zero_point=point)
+
+
 def _searched(grouped: Tensor, error: Callable[[Tensor], Tensor], scheme: IntegerScheme, layer: str, shrinks: tuple[float, ...]) -> Grid:
     low, high = grouped.amin(-1), grouped.amax(-1)
     best: Grid | None = None
