@@ -6,7 +6,7 @@ no method is measured on what it saw. It differs a little between Python version
 
 import hashlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -71,13 +71,14 @@ class Calibration:
     """What a method that needs data is shown. Raises InvalidInput where the tokens are none.
 
     tokens: int64 [samples, length]; mask: int64 of that shape, 1 for a token, 0 for padding, which no statistic counts.
-    source and sha256 name the text that they came from, and go into the variant's manifest.
+    source and sha256 name the text that they came from, and seed what was drawn from it; they go into the variant's manifest.
     """
 
     tokens: "torch.Tensor"
     mask: "torch.Tensor"
     source: str
     sha256: str
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         if self.tokens.dim() != 2 or self.tokens.numel() == 0 or self.tokens.shape != self.mask.shape:
@@ -91,13 +92,15 @@ class Calibration:
 
     def first(self, samples: int) -> "Calibration":
         """The first so many samples, or all where there are fewer."""
-        return Calibration(self.tokens[:samples], self.mask[:samples], self.source, self.sha256)
+        return Calibration(self.tokens[:samples], self.mask[:samples], self.source, self.sha256, self.seed)
 
     @property
     def facts(self) -> dict[str, str | int]:
         """What the manifest records."""
         samples, length = self.tokens.shape
-        return {"source": self.source, "sha256": self.sha256, "samples": samples, "length": length, "tokens": int(self.mask.sum())}
+        facts: dict[str, str | int] = {"source": self.source, "sha256": self.sha256, "samples": samples, "length": length}
+        facts["tokens"] = int(self.mask.sum())
+        return facts if self.seed is None else {**facts, "seed": self.seed}
 
 
 def calibrate_on(
@@ -117,6 +120,41 @@ def calibrate_on(
             "give a longer text, fewer samples or a shorter length",
             param="samples",
         )
-    if seed is not None:
-        windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[:samples]]
-    return Calibration(windows, torch.ones_like(windows), text.name, text.sha256)
+    windows = windows[_chosen(len(windows), samples, seed)]
+    return Calibration(windows, torch.ones_like(windows), text.name, text.sha256, seed)
+
+
+def calibrate_on_documents(
+    documents: Sequence[Sequence[int]],
+    name: str,
+    sha256: str,
+    *,
+    samples: int = SAMPLES,
+    length: int = SAMPLE_TOKENS,
+    seed: int | None = None,
+) -> Calibration:
+    """A sample a document, given as its tokens: cut to `length`, or padded where it is shorter. The first ones, or drawn with a seed.
+
+    Raises InvalidInput where there are fewer documents than samples.
+    """
+    import torch
+
+    if len(documents) < samples:
+        raise InvalidInput(
+            f"{name!r} has {len(documents)} documents, fewer than the {samples} samples: give more documents or ask for fewer samples",
+            param="samples",
+        )
+    tokens, mask = torch.zeros(samples, length, dtype=torch.int64), torch.zeros(samples, length, dtype=torch.int64)
+    for row, index in enumerate(_chosen(len(documents), samples, seed).tolist()):
+        document = torch.tensor(documents[index][:length], dtype=torch.int64)
+        tokens[row, : len(document)], mask[row, : len(document)] = document, 1
+    return Calibration(tokens, mask, name, sha256, seed)
+
+
+def _chosen(available: int, samples: int, seed: int | None) -> "torch.Tensor":
+    """int64 [samples], positions: the first ones, or with a seed as many drawn from all."""
+    import torch
+
+    if seed is None:
+        return torch.arange(samples)
+    return torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:samples]

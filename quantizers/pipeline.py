@@ -120,9 +120,7 @@ def _check_calibration(config: PretrainedConfig, recipe: Recipe, calibration: Ca
     if not recipe.needs_calibration:
         raise InvalidInput(f"{recipe.slug} looks at no calibration tokens: leave them out", param="calibration")
     text = config.get_text_config(decoder=True)
-    length, longest = calibration.tokens.shape[1], getattr(text, "max_position_embeddings", None)
-    if isinstance(longest, int) and length > longest:
-        raise InvalidInput(f"calibration samples of {length} tokens are longer than the model's {longest}: shorten them", param="length")
+    check_length(config, calibration.tokens.shape[1])
     low, high = int(calibration.tokens.min()), int(calibration.tokens.max())
     if low < 0 or high >= text.vocab_size:
         raise InvalidInput(
@@ -130,6 +128,13 @@ def _check_calibration(config: PretrainedConfig, recipe: Recipe, calibration: Ca
             "cut them with the model's own tokenizer",
             param="calibration",
         )
+
+
+def check_length(config: PretrainedConfig, length: int) -> None:
+    """Raises InvalidInput where samples of `length` tokens are longer than the model's context."""
+    longest = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if isinstance(longest, int) and length > longest:
+        raise InvalidInput(f"calibration samples of {length} tokens are longer than the model's {longest}: shorten them", param="length")
 
 
 class _Walk:

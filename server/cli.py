@@ -58,10 +58,17 @@ def build_parser() -> argparse.ArgumentParser:
     quantize = commands.add_parser("quantize", help="make variants of a checkpoint")
     quantize.add_argument("checkpoint", metavar="CHECKPOINT", help="name, folder, GGUF file or Hugging Face id")
     quantize.add_argument("recipes", nargs="+", metavar="RECIPE", help="such as rtn-w4g64 or bnb-nf4")
-    quantize.add_argument("--calibration", type=Path, metavar="FILE", help="UTF-8 text to calibrate on; default: topics of Python's pydoc")
+    quantize.add_argument(
+        "--calibration",
+        metavar="pydoc|self|FILE",
+        help="what to calibrate on: topics of Python's pydoc (default), text that the model writes itself, a UTF-8 text file, or a .jsonl "
+        'file with a document a line, {"text": ...} or {"messages": [...]}',
+    )
     quantize.add_argument("--samples", type=int, metavar="N", help="calibration samples (default 64)")
     quantize.add_argument("--length", type=int, metavar="TOKENS", help="tokens of a calibration sample (default 512)")
-    quantize.add_argument("--seed", type=int, help="draw the samples from all of the text instead of taking its first")
+    quantize.add_argument(
+        "--seed", type=int, help="draw the samples from all of the text instead of taking its first; of self: what is drawn"
+    )
     _add_settings(quantize, ("data_dir", "device"))
     quantize.set_defaults(command=_quantize)
 
@@ -148,12 +155,10 @@ def _serve(arguments: argparse.Namespace) -> None:
 
 
 def _quantize(arguments: argparse.Namespace) -> None:
+    from server.calibration import calibration_options
     from server.offline import quantize
-    from server.quantizing import CalibrationSettings
 
-    options = {"text": arguments.calibration, "samples": arguments.samples, "length": arguments.length, "seed": arguments.seed}
-    given = {name: value for name, value in options.items() if value is not None}
-    calibration = CalibrationSettings(**given) if given else None
+    calibration = calibration_options(source=arguments.calibration, samples=arguments.samples, length=arguments.length, seed=arguments.seed)
     quantize(settings_from(arguments), arguments.checkpoint, arguments.recipes, calibration)
 
 

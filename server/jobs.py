@@ -15,8 +15,9 @@ from anyio.to_thread import run_sync
 
 from model_store.jobs import Job, JobEvent
 from model_store.store import Store
-from quantizers.errors import Conflict, NotFound
+from quantizers.errors import Conflict, InvalidInput, NotFound
 from quantizers.recipe import parse_recipe
+from server.calibration import CalibrationOptions
 from server.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -50,9 +51,15 @@ class JobRunner:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
 
-    async def submit(self, checkpoint: str, slug: str) -> Job:
-        """Queue a job, or return the open one for this variant. Raises NotFound, UnknownRecipe, Conflict where the variant exists."""
+    async def submit(self, checkpoint: str, slug: str, calibration: CalibrationOptions | None = None) -> Job:
+        """Queue a job, or return the open one for this variant; without `calibration`, whatever that calibrates on.
+
+        Raises NotFound, UnknownRecipe, Conflict where the variant exists or is being made with another calibration, InvalidInput where
+        the recipe looks at no tokens.
+        """
         recipe = parse_recipe(slug)
+        if calibration is not None and not recipe.needs_calibration:
+            raise InvalidInput(f"{slug} looks at no calibration tokens: leave calibration out", param="calibration")
         if recipe.is_baseline:
             raise Conflict(f"{slug} is a baseline: {checkpoint}@{slug} needs no quantization, ask for it as it is", param="recipe")
         with contextlib.suppress(NotFound):
@@ -60,7 +67,11 @@ class JobRunner:
             await run_sync(self._store.variants.get, checkpoint, slug)
             raise Conflict(f"{checkpoint}@{slug} exists already: delete it to make it anew", param="recipe")
         await run_sync(self._store.checkpoints.get, checkpoint)
-        job = await run_sync(self._store.jobs.create, checkpoint, recipe)
+        open_jobs = [job for job in await run_sync(self._store.jobs.list, None, checkpoint) if job.slug == slug and not job.is_over]
+        if open_jobs and calibration is None:
+            return open_jobs[0]
+        options = {"calibration": calibration.model_dump(mode="json")} if calibration else {}
+        job = await run_sync(self._store.jobs.create, checkpoint, recipe, options)
         self._queued.set()
         await self._notify()
         return job
@@ -106,6 +117,8 @@ class JobRunner:
         """One job to its end, whatever that is; an error here must not end the queue."""
         command = [sys.executable, "-m", "server.quantize_worker", "--data-dir", str(self._settings.data_dir)]
         command += ["--checkpoint", job.checkpoint, "--recipe", job.slug, "--device", self._settings.device]
+        if "calibration" in job.options:
+            command += ["--calibration", json.dumps(job.options["calibration"])]
         self._process = await asyncio.create_subprocess_exec(*command, stdout=PIPE, limit=1 << 22)
         self._running = job.id
         try:

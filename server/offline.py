@@ -22,10 +22,11 @@ from quantizers.pipeline import Progress
 from quantizers.recipe import parse_recipe
 from quantizers.report import Report, quantization_of
 from quantizers.shared import SharedTensors
+from server.calibration import DEFAULT, SELF, CalibrationOptions, TextFile, find_file, read_text
 from server.console import Share, bar, output
 from server.execution import ServedExecution
 from server.plot import check_picture, plot_quality
-from server.quantizing import CalibrationSettings, ensure_variant, make_variant, read_text, resolve_device
+from server.quantizing import ensure_variant, make_variant, resolve_device
 from server.settings import Settings
 from server.sources import open_checkpoint
 from server.text.tokenizer import Tokenizer
@@ -33,7 +34,7 @@ from server.text.tokenizer import Tokenizer
 Load = Callable[..., LoadedModel]  # `load_model` or `load_reference`
 
 
-def quantize(settings: Settings, model: str, slugs: Sequence[str], calibration: CalibrationSettings | None = None) -> None:
+def quantize(settings: Settings, model: str, slugs: Sequence[str], calibration: CalibrationOptions | None = None) -> None:
     """Make variants; one that exists is left as it is. All recipes are checked before the first runs.
 
     `calibration` is for recipes that look at tokens, and at least one of them must; None takes the default text and sizes.
@@ -46,6 +47,8 @@ def quantize(settings: Settings, model: str, slugs: Sequence[str], calibration: 
             raise InvalidInput(f"{slug} is a baseline: it is served from the checkpoint as it is", param="recipes")
     console = Console(stderr=True)
     with Store(settings.data_dir) as store:
+        if calibration is not None and calibration.source not in (DEFAULT, SELF):
+            read_text(find_file(calibration.source, store.files), "calibration")  # before anything is imported
         checkpoint = _open(store, model)
         for slug in dict.fromkeys(slugs):
             try:
@@ -62,7 +65,7 @@ def evaluate(
     settings: Settings, model: str, slugs: Sequence[str], *, text_file: Path | None, windows: int, as_json: bool, plot: Path | None
 ) -> None:
     """Measure recipes against the checkpoint's fp32, keep the reports with the variants, print a table or JSON, and draw the plot."""
-    text = evaluation_text() if text_file is None else read_text(text_file)
+    text = evaluation_text() if text_file is None else read_text(TextFile(text_file, text_file.name), "text")
     for slug in slugs:
         parse_recipe(slug)
     if plot is not None:

@@ -14,6 +14,7 @@ from typing import TextIO
 
 from model_store.store import Store
 from quantizers.errors import PrecisError
+from server.calibration import CalibrationOptions
 from server.quantizing import Progress, make_variant
 
 
@@ -23,6 +24,7 @@ def main() -> int:
     parser.add_argument("--checkpoint", required=True)
     parser.add_argument("--recipe", required=True)
     parser.add_argument("--device", required=True)
+    parser.add_argument("--calibration", help="options as JSON")
     arguments = parser.parse_args()
     lines = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # a library's print must not land between the lines
@@ -32,7 +34,15 @@ def main() -> int:
         _send(lines, {"progress": asdict(progress)})
 
     try:
-        manifest = make_variant(Store(arguments.data_dir), arguments.checkpoint, arguments.recipe, device=arguments.device, progress=report)
+        calibration = CalibrationOptions.model_validate_json(arguments.calibration) if arguments.calibration else None
+        manifest = make_variant(
+            Store(arguments.data_dir),
+            arguments.checkpoint,
+            arguments.recipe,
+            device=arguments.device,
+            progress=report,
+            calibration=calibration,
+        )
     except PrecisError as error:
         _send(lines, {"error": {"kind": type(error).__name__, "message": error.message, "param": error.param, "code": error.code}})
         return 1

@@ -1,28 +1,33 @@
 """One run of a recipe over a stored checkpoint: the quantizers' walk between the store's reader and its writer. Imports torch."""
 
+import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from model_store.checkpoints import Checkpoint
 from model_store.formats.safetensors import SafetensorsSource, SafetensorsWriter
 from model_store.store import Store
 from model_store.variants import Manifest, Variant
-from quantizers.calibration import SAMPLE_TOKENS, SAMPLES, Calibration, Text, calibrate_on, calibration_text
+from quantizers.calibration import Calibration, calibrate_on, calibrate_on_documents, calibration_text
 from quantizers.canary import TEXT, TOKENS, Canary, record
 from quantizers.errors import InvalidInput, NotFound
 from quantizers.evaluate import model_logits
-from quantizers.model import load_reference
-from quantizers.pipeline import Progress, quantize
+from quantizers.generated import generate_calibration
+from quantizers.memory import trim_heap
+from quantizers.model import load_model, load_reference
+from quantizers.pipeline import Progress, check_length, quantize
 from quantizers.recipe import Recipe, parse_recipe
 from quantizers.shared import SharedTensors
 from quantizers.skeleton import DTYPES
+from server.calibration import DEFAULT, SELF, CalibrationOptions, find_file, read_documents, read_text
 from server.text.tokenizer import Tokenizer
 
-__all__ = ["CalibrationSettings", "Progress", "ensure_variant", "make_variant", "read_text", "resolve_device"]
+__all__ = ["Progress", "ensure_variant", "make_variant", "resolve_device"]
 
 
 def resolve_device(device: str) -> str:
@@ -34,19 +39,6 @@ def resolve_device(device: str) -> str:
     return device
 
 
-@dataclass(frozen=True)
-class CalibrationSettings:
-    """Which tokens methods are shown: a UTF-8 text file, the default text where it is None; `samples` windows of `length` tokens.
-
-    Without a seed they are the text's first, with one they are drawn from all of its windows.
-    """
-
-    text: Path | None = None
-    samples: int = SAMPLES
-    length: int = SAMPLE_TOKENS
-    seed: int | None = None
-
-
 def make_variant(
     store: Store,
     checkpoint: str,
@@ -54,15 +46,15 @@ def make_variant(
     *,
     device: str,
     progress: Callable[[Progress], None],
-    calibration: CalibrationSettings | None = None,
+    calibration: CalibrationOptions | None = None,
 ) -> Variant:
     """Quantize and commit. Raises Conflict where the variant exists, QuantizationFailed naming the layer, InvalidInput for a baseline, a
-    calibration text that is too short, or calibration settings for a recipe whose methods look at no tokens.
+    calibration text that is too short, or calibration options for a recipe whose methods look at no tokens.
     """
     recipe = parse_recipe(slug)
     source = store.checkpoints.get(checkpoint)
-    tokens = _calibrate(recipe, source, calibration)
     config = AutoConfig.from_pretrained(source.dir, local_files_only=True)
+    tokens = _calibrate(recipe, source, config, calibration, store, resolve_device(device), progress)
     with store.variants.create(checkpoint, slug) as draft:
         with SafetensorsWriter(draft.dir / "model.safetensors") as writer:
             result = quantize(
@@ -105,23 +97,61 @@ def _canary(checkpoint: Checkpoint, recipe: Recipe, artifact: Path, device: str)
     return record(tokens, logits(torch.float32), logits(DTYPES[recipe.dtype]))
 
 
-def _calibrate(recipe: Recipe, checkpoint: Checkpoint, settings: CalibrationSettings | None) -> Calibration | None:
+def _calibrate(
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    config: PretrainedConfig,
+    options: CalibrationOptions | None,
+    store: Store,
+    device: str,
+    progress: Callable[[Progress], None],
+) -> Calibration | None:
     if not recipe.needs_calibration:
-        if settings is not None:
+        if options is not None:
             raise InvalidInput(f"{recipe.slug} looks at no calibration tokens: leave the calibration options out", param="calibration")
         return None
-    settings = settings or CalibrationSettings()
-    text = calibration_text() if settings.text is None else read_text(settings.text)
-    encode = Tokenizer(checkpoint.dir).encode_now
-    return calibrate_on(encode, text, samples=settings.samples, length=settings.length, seed=settings.seed)
+    options = options or CalibrationOptions()
+    check_length(config, options.length)
+    tokenizer = Tokenizer(checkpoint.dir)
+    cut = partial(calibrate_on, tokenizer.encode_now, samples=options.samples, length=options.length, seed=options.seed)
+    if options.source == SELF:
+        return _by_itself(checkpoint, config, tokenizer, options, device, progress)
+    if options.source == DEFAULT:
+        return cut(calibration_text())
+    file = find_file(options.source, store.files)
+    if file.is_jsonl:
+        documents, sha256 = read_documents(file, tokenizer)
+        return calibrate_on_documents(documents, file.name, sha256, samples=options.samples, length=options.length, seed=options.seed)
+    return cut(read_text(file, "calibration"))
 
 
-def read_text(file: Path) -> Text:
-    """A UTF-8 text file by its name. Raises InvalidInput."""
+def _by_itself(
+    checkpoint: Checkpoint,
+    config: PretrainedConfig,
+    tokenizer: Tokenizer,
+    options: CalibrationOptions,
+    device: str,
+    progress: Callable[[Progress], None],
+) -> Calibration:
+    """The whole model is in memory meanwhile: as views of its files where it is stored in fp32 and runs on the CPU, in bf16 otherwise."""
+    source = checkpoint.tensors()
+    is_fp32 = all(source.dtype(name) == torch.float32 for name in source.keys())  # noqa: SIM118  a source of tensors is no mapping
+    baseline = parse_recipe("fp32" if is_fp32 and device == "cpu" else "bf16")
+    started = time.monotonic()
+
+    def report(done: int, total: int) -> None:
+        progress(Progress("generate", done, total, (time.monotonic() - started) / done * (total - done)))
+
+    loaded = load_model(config, baseline, source, None, device=device, shared=SharedTensors(), checkpoint_key=checkpoint.digest)
     try:
-        return Text(file.name, file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInput(f"{str(file)!r} is no readable UTF-8 text: {error}", param="text") from error
+        allowed = torch.arange(config.get_text_config(decoder=True).vocab_size, device=device) < tokenizer.size
+        allowed[[index for index in tokenizer.special_ids if index < len(allowed)]] = False
+        return generate_calibration(
+            loaded.model, allowed, samples=options.samples, length=options.length, seed=options.seed or 0, progress=report
+        )
+    finally:
+        loaded.close()
+        trim_heap()
 
 
 def ensure_variant(store: Store, checkpoint: str, slug: str, *, device: str, progress: Callable[[Progress], None]) -> Variant:

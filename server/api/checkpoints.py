@@ -12,6 +12,7 @@ from model_store.checkpoints import Checkpoint
 from quantizers.errors import Conflict, InvalidInput
 from server.api.body import json_body
 from server.api.catalog import recipe_of
+from server.api.jobs import Calibrate
 from server.api.schema import ApiModel
 from server.api.services import Services, services_of
 
@@ -21,7 +22,9 @@ SOURCES = ("files", "path", "hub")
 
 
 class CreateCheckpoint(ApiModel):
-    """Exactly one source. `quantize`: recipes for which jobs start once the checkpoint is there."""
+    """Exactly one source. `quantize`: recipes for which jobs start once the checkpoint is there; `calibration`: for those of them that
+    look at tokens, of which there must be one.
+    """
 
     name: str = Field(min_length=1, max_length=128)
     files: list[Annotated[str, Field(max_length=128)]] | None = Field(default=None, min_length=1, max_length=1000)
@@ -29,6 +32,7 @@ class CreateCheckpoint(ApiModel):
     hub: str | None = Field(default=None, min_length=1, max_length=256)
     revision: str | None = Field(default=None, min_length=1, max_length=256)
     quantize: list[Annotated[str, Field(max_length=64)]] = Field(default=[], max_length=32)
+    calibration: Calibrate | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> "CreateCheckpoint":
@@ -51,8 +55,14 @@ async def create_checkpoint(request: Request, body: Annotated[CreateCheckpoint, 
     for slug in body.quantize:
         if recipe_of(slug, "quantize").is_baseline:
             raise InvalidInput(f"{slug!r} needs no quantization: ask for {body.name}@{slug} as it is", param="quantize")
+    calibrated = [slug for slug in body.quantize if recipe_of(slug, "quantize").needs_calibration]
+    if body.calibration is not None and not calibrated:
+        raise InvalidInput("none of the recipes in quantize looks at calibration tokens: leave calibration out", param="calibration")
+    options = await body.calibration.options(services) if body.calibration else None
     checkpoint = await _import(services, body)
-    jobs = [await services.jobs.submit(checkpoint.name, slug) for slug in dict.fromkeys(body.quantize)]
+    jobs = [
+        await services.jobs.submit(checkpoint.name, slug, options if slug in calibrated else None) for slug in dict.fromkeys(body.quantize)
+    ]
     entry = {**_entry(checkpoint), "jobs": [job.model_dump(mode="json") for job in jobs]}
     return JSONResponse(entry, 201, headers={"Location": f"/v1/checkpoints/{checkpoint.name}"})
 

@@ -8,22 +8,46 @@ from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import Field
 
-from quantizers.errors import Conflict, InvalidInput
+from quantizers.calibration import SAMPLE_TOKENS, SAMPLES
+from quantizers.errors import Conflict, InvalidInput, NotFound
 from quantizers.methods import METHODS
 from server.api.body import json_body
 from server.api.catalog import recipe_of
 from server.api.schema import ApiModel
 from server.api.services import Services, services_of
 from server.api.sse import EventStream, event
+from server.calibration import DEFAULT, MAX_LENGTH, MAX_SAMPLES, SELF, CalibrationOptions
 
 router = APIRouter()
 
 POLL_SECONDS = 15.0  # a comment line goes out this often, so that proxies keep a quiet stream open
 
 
+class Calibrate(ApiModel):
+    """source: `pydoc` (the server's default text), `self` (text that the model writes) or the id of an uploaded text or .jsonl file."""
+
+    source: str = Field(default=DEFAULT, min_length=1, max_length=128)
+    samples: int = Field(default=SAMPLES, ge=1, le=MAX_SAMPLES)
+    length: int = Field(default=SAMPLE_TOKENS, ge=2, le=MAX_LENGTH)
+    seed: int | None = Field(default=None, ge=0, lt=1 << 63)
+
+    async def options(self, services: Services) -> CalibrationOptions:
+        """Raises NotFound for a source that is no upload: a path is never taken over HTTP."""
+        if self.source not in (DEFAULT, SELF):
+            try:
+                await run_sync(services.store.files.get, self.source)
+            except NotFound as error:
+                raise NotFound(
+                    f"calibration.source {self.source[:80]!r} is neither {DEFAULT!r} nor {SELF!r} nor the id of an uploaded file",
+                    param="calibration.source",
+                ) from error
+        return CalibrationOptions(**self.model_dump())
+
+
 class CreateJob(ApiModel):
     model: str = Field(min_length=1, max_length=128)  # a checkpoint's name
     recipe: str = Field(min_length=1, max_length=64)
+    calibration: Calibrate | None = None
 
 
 @router.get("/v1/methods")
@@ -42,7 +66,8 @@ async def create_job(request: Request, body: Annotated[CreateJob, Depends(json_b
     await services.catalog.checkpoint(body.model)
     if any(variant.slug == recipe.slug for variant in await run_sync(services.store.variants.list, body.model)):
         raise Conflict(f"{body.model}@{recipe.slug} exists already: it can be asked for", param="recipe")
-    job = await services.jobs.submit(body.model, recipe.slug)
+    calibration = await body.calibration.options(services) if body.calibration else None
+    job = await services.jobs.submit(body.model, recipe.slug, calibration)
     return JSONResponse(job.model_dump(mode="json"), 202, headers={"Location": f"/v1/quantize/jobs/{job.id}"})
 
 

@@ -33,9 +33,14 @@ class _Stopped(BaseException):
 
 
 async def render_chat(
-    tokenizer: Tokenizer, messages: list[dict[str, Any]], time_limit: float = TIME_LIMIT, *, tools: list[dict[str, Any]] | None = None
+    tokenizer: Tokenizer,
+    messages: list[dict[str, Any]],
+    time_limit: float = TIME_LIMIT,
+    *,
+    tools: list[dict[str, Any]] | None = None,
+    opens_turn: bool = True,
 ) -> str:
-    """The prompt's text, with the opening of the assistant's turn at its end. `tools` are in OpenAI's form.
+    """The prompt's text, with the opening of the assistant's turn at its end unless the conversation is over. `tools` are in OpenAI's form.
 
     Raises InvalidInput (param `messages`) where there is no template, where it refuses the messages, or where it runs out of time.
     """
@@ -43,7 +48,9 @@ async def render_chat(
         raise InvalidInput("this checkpoint has no chat template: send a text to /v1/completions instead", param="messages")
     loop = asyncio.get_running_loop()
     outcome: asyncio.Future[str] = loop.create_future()
-    thread = threading.Thread(target=_render, args=(tokenizer, messages, tools, loop, outcome), name="chat-template", daemon=True)
+    thread = threading.Thread(
+        target=_render, args=(tokenizer, messages, tools, opens_turn, loop, outcome), name="chat-template", daemon=True
+    )
     thread.start()
     try:
         async with asyncio.timeout(time_limit):
@@ -67,12 +74,13 @@ def _render(
     tokenizer: Tokenizer,
     messages: list[dict[str, Any]],
     tools: list[dict[str, Any]] | None,
+    opens_turn: bool,
     loop: asyncio.AbstractEventLoop,
     outcome: "asyncio.Future[str]",
 ) -> None:
     try:
         try:
-            text = tokenizer.backend.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
+            text = tokenizer.backend.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=opens_turn)
         except Exception as error:  # noqa: BLE001 - handed to the waiting coroutine, which translates it
             _settle(loop, outcome, error)
         else:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantizers.calibration import Calibration, Text, calibrate_on, calibration_text, evaluation_text, token_windows
+from quantizers.calibration import Calibration, Text, calibrate_on, calibrate_on_documents, calibration_text, evaluation_text, token_windows
 from quantizers.errors import InvalidInput
 
 
@@ -45,6 +45,7 @@ def test_samples_are_the_first_windows_or_drawn_by_the_seed() -> None:
     first = calibrate_on(encode, text, samples=3, length=10)
     assert first.tokens.flatten().tolist() == encode(text.content)[:30] and bool(first.mask.all())
     assert first.facts == {"source": "letters", "sha256": text.sha256, "samples": 3, "length": 10, "tokens": 30}
+    assert calibrate_on(encode, text, samples=3, length=10, seed=7).facts["seed"] == 7
     drawn, again, other = (calibrate_on(encode, text, samples=3, length=10, seed=seed) for seed in (1, 1, 2))
     assert drawn.tokens.equal(again.tokens) and not drawn.tokens.equal(other.tokens)
 
@@ -66,3 +67,15 @@ def test_a_sample_of_padding_alone_is_refused() -> None:
     mask = torch.tensor([[1, 1], [0, 0]])
     with pytest.raises(InvalidInput, match="is all padding"):
         Calibration(torch.ones_like(mask), mask, "text", "0")
+
+
+def test_documents_are_cut_or_padded() -> None:
+    documents = [[5, 6, 7, 8, 9], [4], [1, 2, 3]]
+    first = calibrate_on_documents(documents, "documents", "0", samples=2, length=3)
+    assert first.tokens.tolist() == [[5, 6, 7], [4, 0, 0]] and first.mask.tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert first.facts == {"source": "documents", "sha256": "0", "samples": 2, "length": 3, "tokens": 4}
+    drawn = [calibrate_on_documents(documents, "documents", "0", samples=3, length=3, seed=seed) for seed in range(8)]
+    assert {int(each.mask.sum()) for each in drawn} == {7} and len({str(each.tokens.tolist()) for each in drawn}) > 1
+    assert drawn[3].facts["seed"] == 3
+    with pytest.raises(InvalidInput, match=r"'documents' has 3 documents, fewer than the 4 samples: give more documents or ask for fewer"):
+        calibrate_on_documents(documents, "documents", "0", samples=4, length=3)

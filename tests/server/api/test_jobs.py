@@ -119,3 +119,77 @@ def test_what_is_preloaded_is_awaited_by_ready(serve: Any) -> None:
         assert ready.json()["models"] == {"demo@bf16": True, "demo@fp32": True, "nobody": False}
     with serve(preload=["demo"]) as server:
         server.wait_for(lambda: server.http.get("/ready").status_code == 200)
+
+
+def upload(server: Any, name: str, content: str) -> str:
+    """The id of an uploaded file."""
+    made = server.openai.uploads.upload_file_chunked(
+        file=content.encode(), filename=name, bytes=len(content.encode()), mime_type="text/plain", purpose="user_data"
+    )
+    return str(made.file.id)
+
+
+def finished(server: Any, job: dict[str, Any]) -> dict[str, Any]:
+    server.http.get(f"/v1/quantize/jobs/{job['id']}/events", timeout=120)
+    over: dict[str, Any] = server.http.get(f"/v1/quantize/jobs/{job['id']}").json()
+    return over
+
+
+def test_a_job_calibrates_on_what_it_is_told(server: Any, small: str) -> None:
+    """Each source of tokens, and what the manifest says of it: documents, and the model's own text."""
+    lines = [json.dumps({"text": f"Document number {number} speaks of bread."}) for number in range(4)]
+    documents = upload(server, "documents.jsonl", "\n".join([*lines, json.dumps({"messages": [{"role": "user", "content": "Hello?"}]})]))
+    for slug, wanted, facts in (
+        ("gptq-w4g32", {"source": documents, "samples": 5, "length": 64}, {"source": "documents.jsonl", "samples": 5, "length": 64}),
+        (
+            "gptq-w4g64",
+            {"source": "self", "samples": 3, "length": 16, "seed": 2},
+            {"source": "self", "samples": 3, "tokens": 48, "seed": 2},
+        ),
+    ):
+        answer = server.http.post("/v1/quantize/jobs", json={"model": small, "recipe": slug, "calibration": wanted})
+        assert answer.status_code == 202, answer.text
+        assert answer.json()["options"]["calibration"]["samples"] == wanted["samples"]
+        job = finished(server, answer.json())
+        assert job["state"] == "succeeded", job
+        said = server.store.variants.get(small, slug).facts["calibration"]
+        assert said.items() >= facts.items() and len(said["sha256"]) == 64
+        assert slug != "gptq-w4g32" or said["tokens"] < 5 * 64, "documents shorter than a sample are padded, and padding is no token"
+
+
+@pytest.mark.parametrize(
+    ("calibration", "recipe", "status", "param"),
+    [
+        ({"source": "/etc/passwd"}, "gptq-w8", 404, "calibration.source"),
+        ({"source": "file-0"}, "gptq-w8", 404, "calibration.source"),
+        ({"samples": 0}, "gptq-w8", 400, "calibration.samples"),
+        ({"samples": True}, "gptq-w8", 400, "calibration.samples"),
+        ({"length": 1}, "gptq-w8", 400, "calibration.length"),
+        ({"seed": -1}, "gptq-w8", 400, "calibration.seed"),
+        ({"text": "a"}, "gptq-w8", 400, "calibration.text"),
+        ("pydoc", "gptq-w8", 400, "calibration"),
+        ({"source": "self"}, "rtn-w8g32", 400, "calibration"),
+    ],
+)
+def test_bad_calibrations(server: Any, small: str, calibration: Any, recipe: str, status: int, param: str) -> None:
+    answer = server.http.post("/v1/quantize/jobs", json={"model": small, "recipe": recipe, "calibration": calibration})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (status, param), answer.text
+
+
+def test_what_only_the_work_finds_out_fails_the_job_by_name(server: Any, small: str) -> None:
+    source = upload(server, "bad.jsonl", "\n{}\n")
+    answer = server.http.post("/v1/quantize/jobs", json={"model": small, "recipe": "gptq-w3g32", "calibration": {"source": source}})
+    job = finished(server, answer.json())
+    assert job["state"] == "failed" and "line 2 of 'bad.jsonl'" in job["error"]["message"] and job["error"]["param"] == "calibration"
+
+
+def test_upload_and_quantize_takes_a_calibration(server: Any, tiny: Path) -> None:
+    ids = [server.openai.uploads.upload_file_chunked(file=path, mime_type="a/b", purpose="user_data").file.id for path in tiny.iterdir()]
+    body = {"name": "calibrated", "files": ids, "quantize": ["rtn-w8"], "calibration": {"samples": 2, "length": 16}}
+    refused = server.http.post("/v1/checkpoints", json=body)
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "calibration"
+    answer = server.http.post("/v1/checkpoints", json={**body, "quantize": ["gptq-w8"]})
+    assert answer.status_code == 201, answer.text
+    (job,) = answer.json()["jobs"]
+    assert finished(server, job)["state"] == "succeeded"
+    assert server.store.variants.get("calibrated", "gptq-w8").facts["calibration"]["samples"] == 2
