@@ -100,7 +100,8 @@ class Block:
         """
         streams = self._flowing()
         assert streams.quantized is not None, "the method asks for the quantized stream"
-        follow = {"module": self.module, "index": self._index, "layers": self._layers, "groups": self.groups}
+        samples = len(streams.quantized)
+        follow = {"module": self.module, "index": self._index, "layers": self._layers, "groups": self.groups, "samples": samples}
         quantized = Replay(**follow, weights={}, hooks=self._executed, ahead=False)  # type: ignore[arg-type]
         full = Replay(**follow, weights=self._whole, hooks={}, ahead=True) if "full" in wanted else None  # type: ignore[arg-type]
         assert full is None or streams.full is not None, "the method asks for the full stream"
@@ -110,6 +111,7 @@ class Block:
                 exact = None if full is None else chunk.tokens(self._full_input(full, step, chunk))
                 x, _ = quantized.group_input(step, chunk, streams.quantized[chunk.samples])
                 see(group, chunk.tokens(self._as_executed(group, x)), exact)
+                del x, exact
             if full is not None:
                 self._keeps_whole = step < len(self.groups) - 1
                 self._forget_whole(full)
@@ -129,7 +131,8 @@ class Block:
         x, output = full.group_input(step, chunk, streams.full[chunk.samples])
         if output is not None:
             if self._next_full is None:
-                self._next_full = torch.empty_like(streams.full)
+                kept = full.buffer()  # what is kept of a chunk is read before its output takes its place
+                self._next_full = torch.empty_like(streams.full) if kept is None else kept
             self._next_full[chunk.samples] = output
             full.drop(chunk)
         return x

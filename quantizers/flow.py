@@ -155,7 +155,7 @@ def _place(tensor: Tensor) -> tuple[int, int, int]:
     return tensor.untyped_storage().data_ptr(), int(tensor.storage_offset()), tensor.numel()
 
 
-CHUNK_TOKENS = 4096  # that run through a block at once: matrix products are at full speed, and what lies between layers stays small
+CHUNK_TOKENS = 2048  # that run through a block at once: matrix products are at full speed, and what lies between layers stays small
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from quantizers.blocks import decoder_blocks, layer_shape
 from quantizers.calibration import Calibration
 from quantizers.errors import InvalidInput, QuantizationFailed
 from quantizers.flow import Streams, open_streams
-from quantizers.memory import PeakMemory, memory_for, trim_heap
+from quantizers.memory import PeakMemory, keep_large_tensors_apart, memory_for, trim_heap
 from quantizers.methods.base import Stream
 from quantizers.methods.rtn import Rtn, quantize_nearest
 from quantizers.mixed import SAMPLES as MIXED_SAMPLES
@@ -97,6 +97,8 @@ def quantize(
     if isinstance(recipe.scheme, FloatScheme):
         raise InvalidInput(f"{recipe.slug} is a baseline: there is nothing to quantize, load it as it is", param="model")
     _check_calibration(config, recipe, calibration)
+    keep_large_tensors_apart()
+    trim_heap()  # what was freed before would hide the run's own peak
     with PeakMemory(device) as peak, torch.random.fork_rng(), torch.no_grad(), quick_products():
         torch.manual_seed(seed)
         walk = _Walk(config, source, recipe, sink, torch.device(device), progress)

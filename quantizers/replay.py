@@ -7,6 +7,7 @@ attention) whose layers all have their final weights is kept, a tensor of the si
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ class Replay:
 
     weights: full name -> weight, in the layer's own layout, of layers that this stream computes with another weight than the module's.
     hooks: full name -> pre-hook of the layers whose input is to be changed. Both are looked at anew in each run. ahead: the weights of
-    a group are final before its statistics are taken, as they are in the stream of full precision.
+    a group are final before its statistics are taken, as they are in the stream of full precision. samples: of the whole stream.
     """
 
     def __init__(
@@ -36,11 +37,15 @@ class Replay:
         weights: Mapping[str, Tensor],
         hooks: Mapping[str, Callable[..., Any]],
         ahead: bool,
+        samples: int,
     ) -> None:
         self._module, self._index, self._layers, self._groups = module, index, layers, groups
-        self._weights, self._hooks, self._ahead = weights, hooks, ahead
+        self._weights, self._hooks, self._ahead, self._samples = weights, hooks, ahead, samples
         self._parts = {part: step for part, step in _parts(module, layers, groups).items() if step < len(groups) - 1}
-        self._kept: dict[tuple[nn.Module, int], Any] = {}  # output of a part for the chunk that begins at that sample
+        self._buffers: dict[nn.Module, Tensor] = {}  # output of a part, of the shape of the stream
+        self._kept: dict[
+            tuple[nn.Module, int], Callable[[Tensor], Any]
+        ] = {}  # filled for that first sample; makes of it what the part returns
 
     def group_input(self, step: int, chunk: Chunk, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """The input of group `step` for the chunk's `hidden` [samples, length, hidden_size]; beside it the block's output, where the run
@@ -71,6 +76,10 @@ class Replay:
         self.drop(chunk)
         return output
 
+    def buffer(self) -> Tensor | None:
+        """A tensor of the size of the stream for the outputs of chunks that are not run again, None where nothing was kept in one."""
+        return next(iter(self._buffers.values()), None)
+
     def drop(self, chunk: Chunk) -> None:
         """Forget what was kept for a chunk that is not run again."""
         for part in self._parts:
@@ -91,21 +100,35 @@ class Replay:
             for part, step in self._parts.items():
                 key = (part, chunk.samples.start)
                 if key in self._kept:
-                    _answer_with(stack, part, self._kept[key])
+                    _answer_with(stack, part, self._kept[key](self._buffers[part][chunk.samples]))
                 elif step <= settled:
-                    stack.callback(part.register_forward_hook(self._keep(key, hidden)).remove)
+                    stack.callback(part.register_forward_hook(self._keep(part, chunk, hidden)).remove)
             try:
                 return chunk.calls[self._index].run(self._module, hidden)
             except _Stop:
                 return None
 
-    def _keep(self, key: tuple[nn.Module, int], hidden: Tensor) -> Callable[..., None]:
+    def _keep(self, part: nn.Module, chunk: Chunk, hidden: Tensor) -> Callable[..., None]:
         def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-            tensors = [each for each in (output if isinstance(output, tuple) else (output,)) if each is not None]
-            if len(tensors) == 1 and isinstance(tensors[0], Tensor) and tensors[0].numel() == hidden.numel():
-                self._kept[key] = output
+            several = output if isinstance(output, tuple) else (output,)
+            tensors = [each for each in several if each is not None]
+            if len(tensors) != 1 or not isinstance(tensors[0], Tensor) or tensors[0].shape != hidden.shape:
+                return
+            if part not in self._buffers:
+                self._buffers[part] = hidden.new_empty(self._samples, *hidden.shape[1:])
+            self._buffers[part][chunk.samples] = tensors[0]
+            place = next(index for index, each in enumerate(several) if each is not None)
+            self._kept[part, chunk.samples.start] = partial(_in_place, len(several), place) if isinstance(output, tuple) else _alone
 
         return hook
+
+
+def _in_place(count: int, place: int, tensor: Tensor) -> tuple[Tensor | None, ...]:
+    return tuple(tensor if index == place else None for index in range(count))
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _parts(module: nn.Module, layers: Mapping[str, nn.Module], groups: Sequence[Group]) -> dict[nn.Module, int]:
