@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from torch import Tensor
 
 from quantizers.errors import InvalidInput
 
@@ -53,6 +54,13 @@ def measure(device: torch.device) -> DeviceMemory:
     if limit is not None:
         total, free = min(total, limit.total), min(free, limit.free)
     return DeviceMemory(total=total, used=proportional_set_size(), free=free)
+
+
+def move(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on `device`, without waiting for what the device does meanwhile."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)  # the allocator keeps the pinned copy until it was read
 
 
 def default_budget(device: torch.device) -> int:

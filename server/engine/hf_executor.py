@@ -1,6 +1,7 @@
 """Runs any causal decoder through transformers' own modeling code, over a paged cache: the executor that fits every architecture."""
 
 import inspect
+import logging
 from typing import Any
 
 import torch
@@ -8,13 +9,19 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from quantizers.errors import InvalidInput
+from quantizers.kernels import cuda
 from quantizers.skeleton import BUILDING
 from server.engine import paged_attention
-from server.engine.executor import RaggedBatch
-from server.engine.paged_attention import LayerCache, LayerShape, PagedStep, Probe, attending
+from server.engine.decode_buckets import DecodeBuckets, DecodeInputs, NotRecordable, Record
+from server.engine.device import move
+from server.engine.executor import Chunk, RaggedBatch, ragged_batch
+from server.engine.paged_attention import DecodeStep, LayerCache, LayerShape, PagedStep, Probe, attending
+
+logger = logging.getLogger(__name__)
 
 BLOCK_SIZE = 16  # small enough that short prefixes are shared and little is lost at the end, large enough to gather by rows
 _PROBE_TOKENS = 2
+_WARM_TOKENS = (1, 32, 64, 512)  # of a step: the sizes for which products are compiled, up to the largest step
 # Rotary frequencies that depend on how long the sequences of a pass are: sequences must not see each other's lengths.
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
@@ -24,10 +31,12 @@ class HfExecutor:
 
     name = "transformers"
     block_size = BLOCK_SIZE
-    held_bytes = 0
 
-    def __init__(self, model: PreTrainedModel, config: PretrainedConfig) -> None:
-        """Raises InvalidInput where the architecture keeps a state that is not plain keys and values."""
+    def __init__(self, model: PreTrainedModel, config: PretrainedConfig, record: Record | None = None) -> None:
+        """`record` records decode steps; None: as CUDA graphs where our kernels run on the model's device, else not at all.
+
+        Raises InvalidInput where the architecture keeps a state that is not plain keys and values.
+        """
         self._model = model
         weight = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
         self._device, self.cache_dtype = weight.device, weight.dtype
@@ -36,6 +45,21 @@ class HfExecutor:
         model.set_attn_implementation(paged_attention.NAME)
         self._shapes = self._probe(config)
         self._layers: dict[int, LayerCache] = {}
+        text: Any = config.get_text_config(decoder=True)
+        self._max_blocks = -(-int(getattr(text, "max_position_embeddings", 0) or 0) // self.block_size)
+        self._longest: int | None = None  # positions that a sequence of the cache may have, where decoding follows the block tables
+        self._buckets = self._make_buckets(record)
+        self.held_bytes = 0 if self._buckets is None else DecodeBuckets.bytes(int(text.vocab_size), self._max_blocks)
+
+    def _make_buckets(self, record: Record | None) -> DecodeBuckets | None:
+        if record is None and cuda.why_not(self._device) is None:
+            from server.engine.cuda_graph import CudaGraphs
+
+            record = CudaGraphs(self._device)
+        # Where frequencies depend on the lengths, the modeling code asks the device for them.
+        if record is None or self._alone:
+            return None
+        return DecodeBuckets(self._decode, record, block_size=self.block_size, device=self._device)
 
     @property
     def bytes_per_block(self) -> int:
@@ -44,6 +68,10 @@ class HfExecutor:
 
     def allocate(self, num_blocks: int) -> None:
         self._layers = {}  # first, or both caches would be held for a moment
+        of_sequence = min(num_blocks, self._max_blocks or num_blocks)
+        if self._buckets is not None:
+            self._buckets.allocate(of_sequence)  # what was recorded reads the cache that goes
+            self._longest = of_sequence * self.block_size
         if num_blocks == 0:
             return
         self._layers = {layer: LayerCache(*self._empty(num_blocks, shape)) for layer, shape in self._shapes.items()}
@@ -61,20 +89,41 @@ class HfExecutor:
     def forward(self, batch: RaggedBatch) -> Tensor:
         if self._alone and batch.sequences > 1:
             return torch.cat([self.forward(batch.alone(index)) for index in range(batch.sequences)])
-        step = PagedStep(batch, self.block_size, self._device)
+        if self._buckets is not None and self._buckets.takes(batch):
+            try:
+                with BUILDING, torch.inference_mode():
+                    return self._buckets.forward(batch)
+            except NotRecordable as error:
+                logger.warning("%s decodes without CUDA graphs, which its code does not allow: %s", type(self._model).__name__, error)
+                self._buckets = None
+        step = PagedStep(batch, self.block_size, self._device, self._longest)
         step.layers = self._layers
         with BUILDING, torch.inference_mode(), attending(step):
             return self._run(batch)
 
+    def warm_up(self) -> None:
+        """Compile what steps of every size need, where kernels are compiled when first run. Needs no cache, and leaves none."""
+        if self._device.type != "cuda":
+            return
+        self.allocate(_WARM_TOKENS[-1] // self.block_size)
+        for tokens in _WARM_TOKENS:
+            self.forward(ragged_batch([Chunk([0] * tokens, 0, range(-(-tokens // self.block_size)), tokens - 1)]))
+        self.allocate(0)
+
+    def _decode(self, inputs: DecodeInputs) -> Tensor:
+        assert self._longest is not None, "decoding needs a cache"
+        step = DecodeStep(self._layers, inputs.slots, inputs.tables, inputs.positions, self._longest)
+        with attending(step):
+            output = self._model(input_ids=inputs.token_ids[None], position_ids=inputs.positions[None], use_cache=False)
+        logits: Tensor = output.logits[0].float()
+        return logits
+
     def _run(self, batch: RaggedBatch) -> Tensor:
-        rows = torch.from_numpy(batch.logits_rows).long().to(self._device)
-        arguments: dict[str, Any] = {"logits_to_keep": rows} if self._keeps_logits else {}
-        output = self._model(
-            input_ids=torch.from_numpy(batch.token_ids).long().to(self._device)[None],
-            position_ids=torch.from_numpy(batch.positions).long().to(self._device)[None],
-            use_cache=False,
-            **arguments,
+        ids, positions, rows = (
+            move(torch.from_numpy(part).long(), self._device) for part in (batch.token_ids, batch.positions, batch.logits_rows)
         )
+        arguments: dict[str, Any] = {"logits_to_keep": rows} if self._keeps_logits else {}
+        output = self._model(input_ids=ids[None], position_ids=positions[None], use_cache=False, **arguments)
         logits: Tensor = output.logits[0]
         return (logits if self._keeps_logits else logits[rows]).float()
 

@@ -2,7 +2,8 @@
 
 The modeling code lays the tokens of all sequences out as one row [1, heads, T, head_dim] with their own positions, so everything
 outside of attention is computed for all at once. Here the new keys and values go into the cache, and each sequence attends to its
-own. Sequences that bring one token each are computed together, padded to the longest context of their group.
+own. Sequences that bring one token each are computed together: on a CPU padded to the longest context of their group, on a GPU by a
+kernel that follows the block table. No step waits for the device: what a size depends on is known to the host.
 """
 
 import itertools
@@ -18,6 +19,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from quantizers.errors import InvalidInput
+from quantizers.kernels.paged_decode import Attention, paged_decode
+from server.engine.device import move
 from server.engine.executor import RaggedBatch
 
 NAME = "precis_paged"
@@ -62,11 +65,35 @@ class _Decode:
         return seen[:, None, None]
 
 
-class PagedStep:
-    """Where the tokens of one batch read and write, worked out once for all layers."""
+@dataclass(frozen=True)
+class _Paged:
+    """Sequences with one new token each, through their block tables."""
 
-    def __init__(self, batch: RaggedBatch, block_size: int, device: torch.device) -> None:
+    tokens: Tensor  # [sequences]
+    tables: Tensor  # int32 [sequences, blocks]
+    positions: Tensor  # [sequences]
+
+
+@dataclass(frozen=True)
+class DecodeStep:
+    """One new token of every sequence of a batch: where they read and write, as tensors of fixed sizes."""
+
+    layers: dict[int, LayerCache]
+    slots: Tensor  # int64 [T]
+    tables: Tensor  # int32 [T, blocks]
+    positions: Tensor  # int64 [T]
+    longest: int  # positions that a sequence may have
+
+
+class PagedStep:
+    """Where the tokens of one batch read and write, worked out once for all layers.
+
+    `longest`: positions that a sequence may have, where decoding goes through the block tables; None where it is done in groups.
+    """
+
+    def __init__(self, batch: RaggedBatch, block_size: int, device: torch.device, longest: int | None = None) -> None:
         self.layers: dict[int, LayerCache] = {}
+        self.longest = longest or 0
         self._masks: dict[tuple[int, int | None], Tensor] = {}
         starts = batch.query_start.tolist()
         positions = torch.from_numpy(batch.positions).long()
@@ -74,8 +101,8 @@ class PagedStep:
         lengths = torch.tensor([last - first for first, last in itertools.pairwise(starts)])
         owner = torch.repeat_interleave(torch.arange(batch.sequences), lengths)
         slots = tables[owner, positions // block_size] * block_size + positions % block_size
-        self.slots = slots.to(device)  # [T]
-        self.fresh = self.slots[self.slots % block_size == 0] // block_size  # blocks of which the first position is written
+        self.slots = move(slots, device)  # [T]
+        self.fresh = move(slots[slots % block_size == 0] // block_size, device)  # blocks of which the first position is written
         self.prefills: list[_Prefill] = []
         single: list[tuple[int, int, int]] = []  # context, token, sequence
         for index, (first, last) in enumerate(itertools.pairwise(starts)):
@@ -83,12 +110,18 @@ class PagedStep:
             if last - first == 1:
                 single.append((context, first, index))
                 continue
-            blocks = tables[index, : -(-context // block_size)].to(device)
+            blocks = move(tables[index, : -(-context // block_size)], device)
             mask = None
             if context > last - first:
-                mask = (torch.arange(context) <= positions[first:last, None]).to(device)
+                mask = torch.arange(context, device=device) <= torch.arange(context - (last - first), context, device=device)[:, None]
             self.prefills.append(_Prefill(first, last, context, blocks, mask))
-        self.decodes = [self._decode(group, positions, tables, block_size, device) for group in _groups(sorted(single))]
+        self.paged: _Paged | None = None
+        self.decodes: list[_Decode] = []
+        if longest is None:
+            self.decodes = [self._decode(group, positions, tables, block_size, device) for group in _groups(sorted(single))]
+        elif single:
+            tokens, rows = (torch.tensor(part) for part in zip(*((token, index) for _, token, index in single), strict=True))
+            self.paged = _Paged(move(tokens, device), move(tables[rows].int(), device), move(positions[tokens], device))
 
     @staticmethod
     def _decode(group: list[tuple[int, int, int]], positions: Tensor, tables: Tensor, block_size: int, device: torch.device) -> _Decode:
@@ -98,9 +131,8 @@ class PagedStep:
         blocks = tables[torch.tensor([index for _, _, index in group]), :count]
         # Behind a sequence's own blocks the table holds nothing of meaning: its first block is read there, and masked.
         blocks = torch.where(torch.arange(count) * block_size < contexts[:, None], blocks, blocks[:, :1])
-        return _Decode(
-            tokens.to(device), blocks.to(device), positions[tokens, None].to(device), torch.arange(count * block_size, device=device)
-        )
+        span = torch.arange(count * block_size, device=device)
+        return _Decode(move(tokens, device), move(blocks, device), move(positions[tokens, None], device), span)
 
     def decode_mask(self, index: int, window: int | None) -> Tensor:
         """Of group `index`; layers with one window share it."""
@@ -137,11 +169,11 @@ class Probe:
         self.shapes: dict[int, LayerShape] = {}
 
 
-_current: ContextVar[PagedStep | Probe] = ContextVar("paged_step")
+_current: ContextVar[PagedStep | DecodeStep | Probe] = ContextVar("paged_step")
 
 
 @contextmanager
-def attending(step: PagedStep | Probe) -> Iterator[None]:
+def attending(step: PagedStep | DecodeStep | Probe) -> Iterator[None]:
     """Let the attention of models that run inside read and write as `step` says."""
     token = _current.set(step)
     try:
@@ -180,6 +212,11 @@ def paged_attention(
         step.shapes[layer] = LayerShape(key.shape[1], key.shape[-1], value.shape[-1], sliding_window)
         return _attend(query, key, value, None, scale, softcap).transpose(1, 2), None
     cache = step.layers[layer]
+    if isinstance(step, DecodeStep):
+        for blocks, new in ((cache.keys, key), (cache.values, value)):
+            blocks.flatten(0, 1).index_copy_(0, step.slots, new[0].transpose(0, 1))
+        rows, attention = query[0].transpose(0, 1), Attention(scale, sliding_window, softcap)
+        return paged_decode(rows, cache.keys, cache.values, step.tables, step.positions, attention, step.longest)[None], None
     for blocks, new in ((cache.keys, key), (cache.values, value)):
         # What is masked still takes part in products, and a block may have held another sequence's NaN.
         blocks.index_fill_(0, step.fresh, 0)
@@ -189,6 +226,10 @@ def paged_attention(
         _prefill(part, cache, query, output, scale, sliding_window, softcap)
     for index, group in enumerate(step.decodes):
         _decode(group, cache, query, output, step.decode_mask(index, sliding_window), scale, softcap)
+    if (paged := step.paged) is not None:
+        rows, attention = query[0].index_select(1, paged.tokens).transpose(0, 1), Attention(scale, sliding_window, softcap)
+        attended = paged_decode(rows, cache.keys, cache.values, paged.tables, paged.positions, attention, step.longest)
+        output.index_copy_(0, paged.tokens, attended)
     return output[None], None
 
 

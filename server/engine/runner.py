@@ -30,7 +30,9 @@ def choose_executor(model: PreTrainedModel, config: PretrainedConfig) -> Executo
     """The native step where it can run the model, else transformers' own modeling code. Raises InvalidInput where neither can."""
     if NativeExecutor.why_not(model) is None:
         return NativeExecutor(model)
-    return HfExecutor(model, config)
+    executor = HfExecutor(model, config)
+    executor.warm_up()
+    return executor
 
 
 def workspace_bytes(config: PretrainedConfig, dtype: torch.dtype, tokens: int, logit_rows: int) -> int:

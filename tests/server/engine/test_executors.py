@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from quantizers.errors import InvalidInput
+from server.engine.decode_buckets import call_again
 from server.engine.executor import Chunk, Executor, ragged_batch
 from server.engine.hf_executor import BLOCK_SIZE, HfExecutor
 from server.engine.native_executor import NativeExecutor
@@ -121,6 +122,14 @@ def test_greedy_tokens_are_those_of_generate(name: str, chunk: int) -> None:
     expected = generated(model, LENGTHS, 12)
     assert len({tuple(tokens) for tokens in expected}) > 1, "a model that says the same to everything tests nothing"
     assert greedy(HfExecutor(model, model.config), LENGTHS, 12, chunk) == expected
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in ALONE])
+def test_padded_decoding_gives_the_same_tokens(name: str) -> None:
+    """Through the block tables, five sequences in a step of eight: what a GPU records, computed here."""
+    model = model_of(CONFIGS[name])
+    expected = generated(model, LENGTHS, 12)
+    assert greedy(HfExecutor(model, model.config, call_again), LENGTHS, 12, 7) == expected
 
 
 @pytest.mark.parametrize("name", ALONE)
