@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +24,21 @@ Choose = Callable[[Group], Mapping[str, QuantizedWeight]]
 Take = Callable[[str, QuantizedWeight, float, float], None]
 
 
+@dataclass(frozen=True)
+class BlockLoss:
+    """The error of a block's output, mean over tokens of ||y' - y||^2 / ||y||^2, with weights rounded for good, before training and after:
+    on the tokens that it trained on and on those that were held back. kept: whether the trained weights were the better ones.
+    """
+
+    block: str
+    steps: int
+    before: float
+    after: float
+    held_before: float
+    held_after: float
+    kept: bool
+
+
 def one_format(names: Iterable[str], schemes: Mapping[str, QuantizedScheme]) -> tuple[tuple[str, ...], QuantizedScheme | None]:
     """Those of `names`, layers that share an input, that have a format, and which one. Raises InvalidInput where they have several."""
     chosen = tuple(name for name in names if name in schemes)
@@ -33,6 +50,17 @@ def one_format(names: Iterable[str], schemes: Mapping[str, QuantizedScheme]) -> 
                 param="model",
             )
     return chosen, schemes[chosen[0]] if chosen else None
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a run hands to methods that train. `directory` is where their checkpoints are kept; None: nowhere. `tell` is given steps done,
+    steps in all, the last loss and seconds left; `record` what training a block came to.
+    """
+
+    directory: Path | None = None
+    tell: Callable[[int, int, float, float], None] = lambda *_: None
+    record: Callable[[BlockLoss], None] = lambda _: None
 
 
 class Block:
@@ -52,10 +80,12 @@ class Block:
         *,
         index: int = 0,
         streams: Streams | None = None,
+        training: Training | None = None,
     ) -> None:
         self.name = name
         self.module = module
-        self._layers = linear_layers(module, name)
+        self.training = training or Training()
+        self.layers = self._layers = linear_layers(module, name)
         self.linears = {full: _as_linear(layer) for full, layer in self._layers.items()}
         self.schemes = {full: schemes[full] for full in self.linears if full in schemes}
         self._take, self._index, self._streams = take, index, streams
@@ -147,6 +177,24 @@ class Block:
     def calibration_tokens(self) -> int:
         """How many tokens flow, padding left out."""
         return self._flowing().token_count
+
+    def run_chunk(self, chunk: Chunk, hidden: Tensor) -> Tensor:
+        """The output of the block as it is now for the `hidden` states [samples, length, hidden_size] of a chunk."""
+        return chunk.calls[self._index].run(self.module, hidden)
+
+    @property
+    def streams(self) -> Streams:
+        """The calibration tokens at this block."""
+        return self._flowing()
+
+    def expected(self) -> Tensor:
+        """What the unquantized block makes of the full stream, fp32 [samples, length, hidden_size]; to be asked for before any `put`."""
+        streams = self._flowing()
+        assert streams.full is not None, "the method asks for the full stream"
+        if self._next_full is None:
+            assert len(self._left) == len(self.schemes), "the full-precision stream runs before the first layer is quantized"
+            self._next_full = streams.run(self.module, self._index, streams.full)
+        return self._next_full
 
     def submodule(self, name: str) -> nn.Module:
         """The module of this block with that full name."""

@@ -225,10 +225,18 @@ def _kept(mask: Tensor) -> Tensor | None:
     return None if bool(mask.all()) else mask.reshape(-1).bool()
 
 
-def open_streams(model: PreTrainedModel, blocks: Sequence[nn.Module], tokens: Tensor, mask: Tensor, wanted: frozenset[Stream]) -> Streams:
-    """The streams before the first block, in chunks of about CHUNK_TOKENS. Raises as `block_inputs` does."""
+def open_streams(
+    model: PreTrainedModel,
+    blocks: Sequence[nn.Module],
+    tokens: Tensor,
+    mask: Tensor,
+    wanted: frozenset[Stream],
+    *,
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> Streams:
+    """The streams before the first block, in chunks of about `chunk_tokens`. Raises as `block_inputs` does."""
     samples, length = tokens.shape
-    step = max(1, CHUNK_TOKENS // length)
+    step = max(1, chunk_tokens // length)
     hidden: Tensor | None = None
     chunks = []
     for start in range(0, samples, step):

@@ -7,16 +7,18 @@ calibration tokens take inside one block; the quantized tensors leave through th
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from quantizers.block import Block, one_format, squares
+from quantizers.block import Block, BlockLoss, Training, one_format, squares
 from quantizers.blocks import decoder_blocks, layer_shape
 from quantizers.calibration import Calibration
 from quantizers.errors import InvalidInput, QuantizationFailed
-from quantizers.flow import Streams, open_streams
+from quantizers.flow import CHUNK_TOKENS, Streams, open_streams
 from quantizers.memory import PeakMemory, keep_large_tensors_apart, memory_for, trim_heap
 from quantizers.methods.base import Stream
 from quantizers.methods.rtn import Rtn, quantize_nearest
@@ -45,6 +47,7 @@ class Progress:
     done: int
     total: int
     seconds_left: float | None
+    loss: float | None = None  # of the last step, where a method trains
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class QuantizationResult:
     """`bytes` is what went into the sink; `peak_bytes` the most that the run held beyond what the process held before, measured.
 
     changed: full names of the unquantized tensors (norms, biases) that the methods changed. calibration: `Calibration.facts`.
+    trained: what training came to, block by block.
     """
 
     layers: tuple[LayerResult, ...]
@@ -69,6 +73,7 @@ class QuantizationResult:
     peak_bytes: int
     changed: tuple[str, ...] = ()
     calibration: dict[str, str | int] | None = None
+    trained: tuple[BlockLoss, ...] = ()
 
 
 def _check_finite(tensor: Tensor, name: str) -> None:
@@ -86,9 +91,11 @@ def quantize(
     device: str = "cpu",
     progress: Callable[[Progress], None] = lambda _: None,
     seed: int = 0,
+    checkpoints: Path | None = None,
 ) -> QuantizationResult:
     """Quantize the checkpoint `source` by `recipe`; every quantized tensor goes to `sink` as `<layer>.<tensor>`, on the CPU, and every
-    other tensor of a block that a method changed, whole and in fp32, by its own name.
+    other tensor of a block that a method changed, whole and in fp32, by its own name. Methods that train keep their checkpoints in the
+    folder `checkpoints`, if there is one, and go on from those that they find there.
 
     Raises QuantizationFailed naming the layer or tensor at which it stopped, CorruptData where the checkpoint does not fit its config,
     InvalidInput for a baseline, an architecture without a stack of decoder blocks, calibration tokens that are missing, that no method
@@ -101,7 +108,7 @@ def quantize(
     trim_heap()  # what was freed before would hide the run's own peak
     with PeakMemory(device) as peak, torch.random.fork_rng(), torch.no_grad(), quick_products():
         torch.manual_seed(seed)
-        walk = _Walk(config, source, recipe, sink, torch.device(device), progress)
+        walk = _Walk(config, source, recipe, sink, torch.device(device), progress, checkpoints)
         walk.check()
         walk.try_largest(0 if calibration is None else int(calibration.mask.sum()))
         if calibration is not None and isinstance(recipe.scheme, MixedScheme):
@@ -109,9 +116,8 @@ def quantize(
         wanted = frozenset[Stream](stream for method in recipe.methods for stream in method.streams())
         walk.blocks(walk.streams(calibration, wanted) if calibration is not None and wanted else None)
         walk.head()
-    return QuantizationResult(
-        tuple(walk.results), walk.bytes, walk.elapsed(), peak.bytes, tuple(walk.changed), calibration.facts if calibration else None
-    )
+    facts = calibration.facts if calibration else None
+    return QuantizationResult(tuple(walk.results), walk.bytes, walk.elapsed(), peak.bytes, tuple(walk.changed), facts, tuple(walk.trained))
 
 
 def _check_calibration(config: PretrainedConfig, recipe: Recipe, calibration: Calibration | None) -> None:
@@ -150,6 +156,7 @@ class _Walk:
         sink: TensorSink,
         device: torch.device,
         progress: Callable[[Progress], None],
+        checkpoints: Path | None,
     ) -> None:
         self._started = time.monotonic()
         self._model = skeleton(config, torch.float32)
@@ -158,7 +165,9 @@ class _Walk:
         self._kinds = {name: type(self._model.get_submodule(name)).__name__ for name in self._layers}
         self._source, self._recipe, self._sink, self._device, self._progress = source, recipe, sink, device, progress
         self.results: list[LayerResult] = []
+        self._checkpoints = checkpoints
         self.changed: list[str] = []
+        self.trained: list[BlockLoss] = []
         self.bytes = 0
 
     def elapsed(self) -> float:
@@ -216,7 +225,8 @@ class _Walk:
         for name in before:
             put_tensor(self._model, name, self._source.get(self._keys[name]).to(device=self._device, dtype=torch.float32))
         tokens, mask = calibration.tokens.to(self._device), calibration.mask.to(self._device)
-        streams = open_streams(self._model, list(blocks.values()), tokens, mask, wanted)
+        chunk = min((method.chunk_tokens or CHUNK_TOKENS for method in self._recipe.methods), default=CHUNK_TOKENS)
+        streams = open_streams(self._model, list(blocks.values()), tokens, mask, wanted, chunk_tokens=chunk)
         for name in before:
             put_tensor(self._model, name, torch.empty(self._source.shape(self._keys[name]), device="meta"))
         trim_heap()
@@ -226,7 +236,8 @@ class _Walk:
         stack = decoder_blocks(self._model)
         for index, (name, module) in enumerate(stack.items()):
             self._materialise(name, module)
-            block = Block(name, module, self._given(), self._take, index=index, streams=streams)
+            training = Training(self._checkpoints, partial(self._trains, index, len(stack)), self.trained.append)
+            block = Block(name, module, self._given(), self._take, index=index, streams=streams, training=training)
             if index == 0:
                 self._compare_formats(block, stack)
             with memory_for(name):
@@ -239,6 +250,11 @@ class _Walk:
             module.to("meta")
             del block
             trim_heap()
+
+    def _trains(self, index: int, blocks: int, step: int, steps: int, loss: float, _left: float) -> None:
+        """Training is what takes long: the share of the run is that of the steps."""
+        done, total = index * steps + step, blocks * steps
+        self._progress(Progress("train", done, total, self.elapsed() / done * (total - done), loss))
 
     def _compare_formats(self, first: Block, stack: Iterable[str]) -> None:
         """Layers that share an input in the first block do so in all of them: one format, which the last block is not to find out."""

@@ -29,6 +29,7 @@ class Method(BaseModel):
     role: ClassVar[Literal["transform", "smoother", "quantizer"]] = "quantizer"
     needs_calibration: ClassVar[bool] = False
     changes_unquantized: ClassVar[bool] = False  # whether norms or biases of a block may change: they go into the artifact too
+    chunk_tokens: ClassVar[int | None] = None  # calibration tokens that run through a block at once, where that is the method's matter
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:

@@ -39,9 +39,9 @@ class LearnedWeight:
         """fp32 [out, in]: what the codes of the weight as it is now stand for."""
         return fake_quantize(self.weight, self.scale, self.zero, self.scheme).flatten(1)
 
-    def learned(self) -> dict[str, Tensor]:
-        """The leaves of the grid by name."""
-        return {"scale": self.scale} | ({} if self.zero is None else {"zero": self.zero})
+    def leaves(self) -> dict[str, Tensor]:
+        """All that can be trained, by name."""
+        return {"weight": self.weight, "scale": self.scale} | ({} if self.zero is None else {"zero": self.zero})
 
     def quantized(self) -> QuantizedWeight:
         """Rounded for good, scales to fp16 and zeros as the format stores them. Raises QuantizationFailed naming the layer."""
