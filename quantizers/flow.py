@@ -232,11 +232,11 @@ def open_streams(
     mask: Tensor,
     wanted: frozenset[Stream],
     *,
-    chunk_tokens: int = CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
 ) -> Streams:
-    """The streams before the first block, in chunks of about `chunk_tokens`. Raises as `block_inputs` does."""
+    """The streams before the first block, in chunks of about `chunk_tokens`, or CHUNK_TOKENS. Raises as `block_inputs` does."""
     samples, length = tokens.shape
-    step = max(1, chunk_tokens // length)
+    step = max(1, (chunk_tokens or CHUNK_TOKENS) // length)
     hidden: Tensor | None = None
     chunks = []
     for start in range(0, samples, step):

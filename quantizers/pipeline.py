@@ -18,7 +18,7 @@ from quantizers.block import Block, BlockLoss, Training, one_format, squares
 from quantizers.blocks import decoder_blocks, layer_shape
 from quantizers.calibration import Calibration
 from quantizers.errors import InvalidInput, QuantizationFailed
-from quantizers.flow import CHUNK_TOKENS, Streams, open_streams
+from quantizers.flow import Streams, open_streams
 from quantizers.memory import PeakMemory, keep_large_tensors_apart, memory_for, trim_heap
 from quantizers.methods.base import Stream
 from quantizers.methods.rtn import Rtn, quantize_nearest
@@ -225,7 +225,7 @@ class _Walk:
         for name in before:
             put_tensor(self._model, name, self._source.get(self._keys[name]).to(device=self._device, dtype=torch.float32))
         tokens, mask = calibration.tokens.to(self._device), calibration.mask.to(self._device)
-        chunk = min((method.chunk_tokens or CHUNK_TOKENS for method in self._recipe.methods), default=CHUNK_TOKENS)
+        chunk = min((method.chunk_tokens for method in self._recipe.methods if method.chunk_tokens), default=None)
         streams = open_streams(self._model, list(blocks.values()), tokens, mask, wanted, chunk_tokens=chunk)
         for name in before:
             put_tensor(self._model, name, torch.empty(self._source.shape(self._keys[name]), device="meta"))
