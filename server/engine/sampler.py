@@ -3,6 +3,8 @@
 The functions work along the last dimension and take any leading ones. Their order follows transformers' generation: repetition
 penalty, presence and frequency penalties, logit bias, the ban of end tokens, temperature, top-k, top-p, min-p. The random number
 of a token depends on (seed, its index in the output) alone, so that a seed gives the same text whatever else runs beside it.
+
+Nothing waits for the device before a batch's tokens are known (`decide`); they come to the host in one copy.
 """
 
 import secrets
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 
 from quantizers.errors import InvalidInput, PrecisError
+from server.engine.device import move
 from server.engine.grammar import Constraint
 from server.engine.interface import Sampling, TokenLogprob
 
@@ -32,11 +35,16 @@ class NonFiniteLogits(PrecisError):
 def check_finite(logits: Tensor) -> None:
     """Raises NonFiniteLogits unless all of `logits` [..., vocab] is finite."""
     if not bool(torch.isfinite(logits).all()):
-        bad = int((~torch.isfinite(logits)).sum())
-        raise NonFiniteLogits(
-            f"the model's output has {bad} of {logits.numel()} logits that are NaN or infinite; only finite ones can be sampled from. "
-            "Try a precision with a wider range, such as bf16 or fp32"
-        )
+        raise nonfinite(logits)
+
+
+def nonfinite(logits: Tensor) -> NonFiniteLogits:
+    """What to say of `logits` that are not all finite."""
+    bad = int((~torch.isfinite(logits)).sum())
+    return NonFiniteLogits(
+        f"the model's output has {bad} of {logits.numel()} logits that are NaN or infinite; only finite ones can be sampled from. "
+        "Try a precision with a wider range, such as bf16 or fp32"
+    )
 
 
 def apply_repetition_penalty(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
@@ -50,13 +58,16 @@ def apply_count_penalties(logits: Tensor, counts: Tensor, presence: float, frequ
 
 
 def keep_top_k(logits: Tensor, k: int | Tensor) -> Tensor:
-    """All but the `k` largest become -inf; values equal to the k-th stay. `k`: one number, or int64 [rows] for logits [rows, vocab]."""
+    """All but the `k` largest become -inf; values equal to the k-th stay.
+
+    `k`: one number, or int64 [rows] on the host for logits [rows, vocab].
+    """
     vocab = logits.shape[-1]
     if isinstance(k, int):
         kth = logits.topk(min(k, vocab)).values[..., -1:]
     else:
         k = k.clamp(max=vocab)
-        kth = logits.topk(int(k.max())).values.gather(-1, k[:, None] - 1)
+        kth = logits.topk(int(k.max())).values.gather(-1, move(k, logits.device)[:, None] - 1)
     return logits.masked_fill(logits < kth, _MINUS_INFINITY)
 
 
@@ -67,9 +78,11 @@ def keep_top_p(logits: Tensor, p: float | Tensor) -> Tensor:
     """
     share = p[:, None] if isinstance(p, Tensor) else p
     probabilities = logits.softmax(-1)
-    mass, ids = probabilities.topk(min(_NUCLEUS_GUESS, logits.shape[-1]))
+    # Elsewhere than on a CPU the guess would have to be waited for, and a full sort is cheap.
+    guess = min(_NUCLEUS_GUESS, logits.shape[-1]) if logits.device.type == "cpu" else logits.shape[-1]
+    mass, ids = probabilities.topk(guess)
     cumulative = mass.cumsum(-1)
-    if mass.shape[-1] < logits.shape[-1] and bool((cumulative[..., -1:] < share).any()):
+    if guess < logits.shape[-1] and bool((cumulative[..., -1:] < share).any()):
         mass, ids = probabilities.sort(descending=True)
         cumulative = mass.cumsum(-1)
     before = cumulative - mass
@@ -94,15 +107,14 @@ def uniform(seed: int, index: int) -> float:
     return float(np.random.Generator(bits).random())
 
 
-def choose(logits: Tensor, u: Sequence[float]) -> list[int]:
-    """For each row of `logits` [rows, vocab], the token at which its distribution, summed in double precision by token id, passes `u`."""
+def choose(logits: Tensor, u: Sequence[float]) -> Tensor:
+    """int64 [rows]: of each row of `logits` [rows, vocab], the token at which its distribution, summed in fp64 by token id, passes `u`."""
     cumulative = logits.double().softmax(-1).cumsum(-1)
     total = cumulative[:, -1:].contiguous()
-    targets = total * torch.tensor(u, dtype=torch.float64, device=logits.device)[:, None]
+    targets = total * move(torch.tensor(u, dtype=torch.float64), logits.device)[:, None]
     found = torch.searchsorted(cumulative, targets, right=True)
     # The target may round up to the total, past every token: then the last one that has any mass.
-    chosen: list[int] = torch.minimum(found, torch.searchsorted(cumulative, total))[:, 0].tolist()
-    return chosen
+    return torch.minimum(found, torch.searchsorted(cumulative, total))[:, 0]
 
 
 def token_logprobs(logits: Tensor, token_ids: Sequence[int], top: int) -> list[TokenLogprob]:
@@ -235,23 +247,11 @@ def sample(logits: Tensor, samplers: Sequence[Sampler]) -> list[Sampled | Precis
     token does not depend on the other rows.
     """
     logits = logits.float()
-    bad = _nonfinite_rows(logits)
-    adjusted = logits
-    if any(sampler.adjusts for sampler in samplers):
-        adjusted = torch.stack([sampler.adjust(row) if sampler.adjusts else row for sampler, row in zip(samplers, logits, strict=True)])
-    peaks, best = adjusted.max(-1)
-    tokens: list[int] = best.tolist()
-    empty = (~peaks.isfinite()).tolist()
-    drawn = [row for row, sampler in enumerate(samplers) if not (sampler.greedy or empty[row] or row in bad)]
-    if drawn:
-        # Shifted first: a small temperature then sends the rest to -inf and leaves the best at 0, instead of overflowing both.
-        shifted = adjusted[drawn] - peaks[drawn, None]
-        for row, token in zip(drawn, _draw(shifted, [samplers[row] for row in drawn]), strict=True):
-            tokens[row] = token
+    tokens, empty, spoiled = decide(logits, samplers).tolist()
     results: list[Sampled | PrecisError] = []
     for row, (sampler, token) in enumerate(zip(samplers, tokens, strict=True)):
-        if row in bad or empty[row]:
-            results.append(bad[row] if row in bad else sampler.nothing_left())
+        if spoiled[row] or empty[row]:
+            results.append(nonfinite(logits[row]) if spoiled[row] else sampler.nothing_left())
             continue
         sampler.accept(token)
         wanted = sampler.options.logprobs
@@ -259,29 +259,39 @@ def sample(logits: Tensor, samplers: Sequence[Sampler]) -> list[Sampled | Precis
     return results
 
 
-def _nonfinite_rows(logits: Tensor) -> dict[int, NonFiniteLogits]:
+def decide(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
+    """int64 [3, rows] on the device: the next token after each row of `logits` [rows, vocab] fp32, which means nothing where the second
+    is 1, as the options leave no token, or the third, as the row is not finite.
+    """
+    adjusted = logits
+    if any(sampler.adjusts for sampler in samplers):
+        adjusted = torch.stack([sampler.adjust(row) if sampler.adjusts else row for sampler, row in zip(samplers, logits, strict=True)])
     low, high = logits.aminmax(dim=-1)  # either is NaN where any of a row is
-    bad: dict[int, NonFiniteLogits] = {}
-    for row in (~(low.isfinite() & high.isfinite())).nonzero()[:, 0].tolist():
-        try:
-            check_finite(logits[row])
-        except NonFiniteLogits as error:
-            bad[row] = error
-    return bad
+    peaks, tokens = adjusted.max(-1)
+    if drawn := [row for row, sampler in enumerate(samplers) if not sampler.greedy]:
+        rows = move(torch.tensor(drawn), logits.device)
+        # Shifted first: a small temperature then sends the rest to -inf and leaves the best at 0, instead of overflowing both.
+        shifted = adjusted[rows] - peaks[rows, None]
+        tokens = tokens.index_copy(0, rows, _draw(shifted, [samplers[row] for row in drawn]))
+    return torch.stack([tokens, (~peaks.isfinite()).long(), (~(low.isfinite() & high.isfinite())).long()])
 
 
-def _draw(shifted: Tensor, samplers: Sequence[Sampler]) -> list[int]:
+def _draw(shifted: Tensor, samplers: Sequence[Sampler]) -> Tensor:
     """Tokens of rows whose best logit is 0, by temperature, top-k, top-p, min-p and each sampler's random number."""
+    device = shifted.device
 
     def column(values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=shifted.device)
+        return move(torch.tensor(values, dtype=torch.float32), device)
 
     options = [sampler.options for sampler in samplers]
     logits = shifted / column([option.temperature for option in options])[:, None]
-    if rows := [row for row, option in enumerate(options) if option.top_k]:
-        logits[rows] = keep_top_k(logits[rows], torch.tensor([options[row].top_k for row in rows], device=shifted.device))
-    if rows := [row for row, option in enumerate(options) if option.top_p < 1]:
-        logits[rows] = keep_top_p(logits[rows], column([options[row].top_p for row in rows]))
-    if rows := [row for row, option in enumerate(options) if option.min_p]:
-        logits[rows] = keep_min_p(logits[rows], column([options[row].min_p for row in rows]))
+    if some := [row for row, option in enumerate(options) if option.top_k]:
+        rows = move(torch.tensor(some), device)
+        logits[rows] = keep_top_k(logits[rows], torch.tensor([options[row].top_k for row in some]))
+    if some := [row for row, option in enumerate(options) if option.top_p < 1]:
+        rows = move(torch.tensor(some), device)
+        logits[rows] = keep_top_p(logits[rows], column([options[row].top_p for row in some]))
+    if some := [row for row, option in enumerate(options) if option.min_p]:
+        rows = move(torch.tensor(some), device)
+        logits[rows] = keep_min_p(logits[rows], column([options[row].min_p for row in some]))
     return choose(logits, [sampler.draw() for sampler in samplers])

@@ -23,6 +23,7 @@ from server.engine.sampler import (
     apply_repetition_penalty,
     check_finite,
     choose,
+    decide,
     keep_min_p,
     keep_top_k,
     keep_top_p,
@@ -188,12 +189,12 @@ def test_without_a_seed_two_sequences_differ() -> None:
 @given(st.floats(0, 1, exclude_max=True), st.integers(0, 1000))
 def test_choose_never_returns_a_token_without_mass(u: float, seed: int) -> None:
     logits = keep_top_k(logits_of(seed, vocab=64, spread=20.0), 5)
-    assert math.isfinite(float(logits[choose(logits[None], [u])[0]]))
+    assert math.isfinite(float(logits[int(choose(logits[None], [u])[0])]))
 
 
 def test_choose_at_the_ends() -> None:
     logits = torch.tensor([-math.inf, 0.0, 0.0, -math.inf])
-    assert choose(logits.expand(4, -1), [0.0, 0.4999, 0.5, math.nextafter(1.0, 0.0)]) == [1, 1, 2, 2]
+    assert choose(logits.expand(4, -1), [0.0, 0.4999, 0.5, math.nextafter(1.0, 0.0)]).tolist() == [1, 1, 2, 2]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-300, 1e-9])
@@ -266,3 +267,30 @@ def test_half_precision_logits_are_sampled_in_fp32() -> None:
     token, logprob = sampler_of(100, temperature=0, logprobs=1).next(logits)
     assert logprob is not None
     assert logprob.logprob == pytest.approx(float(logits.float().log_softmax(-1)[token]), abs=1e-5)
+
+
+def test_nothing_waits_for_the_device_before_the_tokens_are_known() -> None:
+    """On the meta device tensors have shapes and no values: what would wait for a GPU fails here."""
+    meta = torch.device("meta")
+    options = [
+        Sampling(max_tokens=4, temperature=0),
+        Sampling(max_tokens=4, temperature=0.7, top_k=5, top_p=0.9, min_p=0.1, seed=1),
+        Sampling(max_tokens=4, temperature=1.3, repetition_penalty=1.2, presence_penalty=0.5, logit_bias={3: 2.0}, min_tokens=2),
+        Sampling(max_tokens=4, temperature=1, top_k=3),
+    ]
+    samplers = [Sampler(each, [1, 2, 2], vocab_size=3000, end_ids={7}, device=meta) for each in options]
+    decided = decide(torch.empty(4, 3000, device=meta), samplers)
+    assert (decided.shape, decided.dtype, decided.device) == ((3, 4), torch.int64, meta)
+    for sampler in samplers:
+        sampler.accept(5)
+
+
+def test_a_spoiled_row_beside_drawn_ones_fails_alone() -> None:
+    """What is decided of it means nothing, and must not disturb what is decided beside it."""
+    logits = torch.randn(4, 3000, generator=torch.Generator().manual_seed(1))
+    options = Sampling(max_tokens=4, temperature=1, top_k=50, top_p=0.9, min_p=0.01, seed=3)
+    expected = sample(logits, [Sampler(options, [1], vocab_size=3000, end_ids={7}, device=torch.device("cpu")) for _ in range(4)])
+    logits[1], logits[2, 9] = float("nan"), float("inf")
+    found = sample(logits, [Sampler(options, [1], vocab_size=3000, end_ids={7}, device=torch.device("cpu")) for _ in range(4)])
+    assert [type(found[row]).__name__ for row in (1, 2)] == ["NonFiniteLogits"] * 2
+    assert (found[0], found[3]) == (expected[0], expected[3])
