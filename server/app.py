@@ -10,7 +10,7 @@ from anyio.to_thread import run_sync
 from fastapi import FastAPI
 
 from model_store.store import Store
-from server.api import chat, checkpoints, compare, completions, errors, jobs, middleware, models, ops, uploads
+from server.api import chat, checkpoints, compare, completions, description, errors, jobs, middleware, models, ops, uploads
 from server.api.catalog import Catalog
 from server.api.services import Services
 from server.engine.interface import Engine
@@ -60,6 +60,7 @@ def create_app(settings: Settings, store: Store, engine: Engine, job_runner: Job
     app.state.services = services
     for router in ROUTERS:
         app.include_router(router)
+    description.install(app)
     errors.install(app)
     app.add_middleware(middleware.Faults)
     if settings.keys:

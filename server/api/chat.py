@@ -6,7 +6,9 @@ from fastapi import APIRouter, Request, Response
 
 from quantizers.errors import InvalidInput
 from server.api.answer import answer
+from server.api.description import described
 from server.api.generation import Piece, Prompt, ShownToken, json_logprob
+from server.api.objects import ChatCompletion, ChatCompletionChunk
 from server.api.schema import ChatRequest, ResponseFormat
 from server.text.chat import render_chat
 from server.text.grammar import schema_grammar
@@ -140,7 +142,7 @@ def _named(token_id: int, logprob: float, tokenizer: Tokenizer) -> dict[str, Any
 DIALECT = ChatDialect()
 
 
-@router.post("/v1/chat/completions")
+@router.post("/v1/chat/completions", **described(ChatCompletion, 404, 507, body=ChatRequest, events=ChatCompletionChunk))
 async def chat_completions(request: Request) -> Response:
     """Continue a conversation through the checkpoint's chat template."""
     return await answer(request, DIALECT)

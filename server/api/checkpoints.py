@@ -12,7 +12,9 @@ from model_store.checkpoints import Checkpoint
 from quantizers.errors import Conflict, InvalidInput
 from server.api.body import json_body
 from server.api.catalog import recipe_of
+from server.api.description import described
 from server.api.jobs import Calibrate
+from server.api.objects import CheckpointEntry, CheckpointList, CreatedCheckpoint, Deleted
 from server.api.schema import ApiModel
 from server.api.services import Services, services_of
 
@@ -48,7 +50,7 @@ class CreateCheckpoint(ApiModel):
         return self
 
 
-@router.post("/v1/checkpoints")
+@router.post("/v1/checkpoints", **described(CreatedCheckpoint, 404, 409, body=CreateCheckpoint, status=201))
 async def create_checkpoint(request: Request, body: Annotated[CreateCheckpoint, Depends(json_body(CreateCheckpoint))]) -> Response:
     """201 with the checkpoint and the jobs that were started; it can be asked for at once."""
     services = services_of(request)
@@ -67,18 +69,18 @@ async def create_checkpoint(request: Request, body: Annotated[CreateCheckpoint, 
     return JSONResponse(entry, 201, headers={"Location": f"/v1/checkpoints/{checkpoint.name}"})
 
 
-@router.get("/v1/checkpoints")
+@router.get("/v1/checkpoints", **described(CheckpointList))
 async def list_checkpoints(request: Request) -> dict[str, Any]:
     checkpoints = await run_sync(services_of(request).store.checkpoints.list)
     return {"object": "list", "data": [_entry(checkpoint) for checkpoint in checkpoints]}
 
 
-@router.get("/v1/checkpoints/{name}")
+@router.get("/v1/checkpoints/{name}", **described(CheckpointEntry, 404))
 async def get_checkpoint(request: Request, name: str) -> dict[str, Any]:
     return _entry(await services_of(request).catalog.checkpoint(name))
 
 
-@router.delete("/v1/checkpoints/{name}")
+@router.delete("/v1/checkpoints/{name}", **described(Deleted, 404, 409))
 async def delete_checkpoint(request: Request, name: str) -> dict[str, Any]:
     """Its variants answer no more. 409 while one of them is resident."""
     services = services_of(request)

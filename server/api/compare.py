@@ -6,6 +6,8 @@ from anyio.to_thread import run_sync
 from fastapi import APIRouter, Request
 
 from quantizers.errors import InvalidInput
+from server.api.description import described
+from server.api.objects import MeasuredSideBySide
 from server.api.services import services_of
 from server.comparison import compare
 
@@ -14,7 +16,11 @@ router = APIRouter()
 MAX_MODELS = 64
 
 
-@router.get("/v1/compare")
+_MODELS = {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MAX_MODELS}
+_QUERY = {"name": "model", "in": "query", "required": True, "schema": _MODELS}
+
+
+@router.get("/v1/compare", **described(MeasuredSideBySide, 404, query=[_QUERY]))
 async def compare_measured(request: Request) -> dict[str, Any]:
     """`?model=` is a checkpoint's name, for all of its measured variants, or is given once for each variant, `checkpoint@recipe`."""
     models = request.query_params.getlist("model")

@@ -5,7 +5,9 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from server.api.answer import answer
+from server.api.description import described
 from server.api.generation import Piece, Prompt, ShownToken, json_logprob
+from server.api.objects import Completion
 from server.api.schema import CompletionRequest
 from server.text.tokenizer import Tokenizer
 
@@ -70,7 +72,7 @@ def _top(token: ShownToken, tokenizer: Tokenizer) -> dict[str, float] | None:
 DIALECT = CompletionsDialect()
 
 
-@router.post("/v1/completions")
+@router.post("/v1/completions", **described(Completion, 404, 507, body=CompletionRequest, events=Completion))
 async def completions(request: Request) -> Response:
     """Continue one or several prompts."""
     return await answer(request, DIALECT)

@@ -8,11 +8,14 @@ from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import Field
 
+from model_store.jobs import Job
 from quantizers.calibration import SAMPLE_TOKENS, SAMPLES
 from quantizers.errors import Conflict, InvalidInput, NotFound
 from quantizers.methods import METHODS
 from server.api.body import json_body
 from server.api.catalog import recipe_of
+from server.api.description import described, plain
+from server.api.objects import JobList, MethodList
 from server.api.schema import ApiModel
 from server.api.services import Services, services_of
 from server.api.sse import EventStream, event
@@ -50,13 +53,13 @@ class CreateJob(ApiModel):
     calibration: Calibrate | None = None
 
 
-@router.get("/v1/methods")
+@router.get("/v1/methods", **described(MethodList))
 async def list_methods() -> dict[str, Any]:
     """Every method with the JSON schema of its options and their defaults."""
     return {"object": "list", "data": [_method(name) for name in sorted(METHODS)]}
 
 
-@router.post("/v1/quantize/jobs")
+@router.post("/v1/quantize/jobs", **described(Job, 404, 409, body=CreateJob, status=202))
 async def create_job(request: Request, body: Annotated[CreateJob, Depends(json_body(CreateJob))]) -> Response:
     """202 and where to look. An open job for the same variant is given back instead of a second one; 409 where the variant exists."""
     services = services_of(request)
@@ -71,19 +74,19 @@ async def create_job(request: Request, body: Annotated[CreateJob, Depends(json_b
     return JSONResponse(job.model_dump(mode="json"), 202, headers={"Location": f"/v1/quantize/jobs/{job.id}"})
 
 
-@router.get("/v1/quantize/jobs")
+@router.get("/v1/quantize/jobs", **described(JobList))
 async def list_jobs(request: Request) -> dict[str, Any]:
     jobs = await run_sync(services_of(request).store.jobs.list)
     return {"object": "list", "data": [job.model_dump(mode="json") for job in jobs]}
 
 
-@router.get("/v1/quantize/jobs/{job_id}")
+@router.get("/v1/quantize/jobs/{job_id}", **described(Job, 404))
 async def get_job(request: Request, job_id: str) -> dict[str, Any]:
     job = await run_sync(services_of(request).store.jobs.get, job_id)
     return job.model_dump(mode="json")
 
 
-@router.post("/v1/quantize/jobs/{job_id}/cancel")
+@router.post("/v1/quantize/jobs/{job_id}/cancel", **described(Job, 404, 409))
 async def cancel_job(request: Request, job_id: str) -> dict[str, Any]:
     """409 where it is over already."""
     services = services_of(request)
@@ -91,7 +94,7 @@ async def cancel_job(request: Request, job_id: str) -> dict[str, Any]:
     return await get_job(request, job_id)
 
 
-@router.get("/v1/quantize/jobs/{job_id}/events")
+@router.get("/v1/quantize/jobs/{job_id}/events", **plain("text/event-stream", "the job's events", 404))
 async def job_events(request: Request, job_id: str) -> Response:
     """Every event of the job from its first, or after `Last-Event-ID`, as they come, until the job is over."""
     services = services_of(request)

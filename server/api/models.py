@@ -9,13 +9,15 @@ from model_store.checkpoints import Checkpoint
 from model_store.variants import Variant
 from quantizers.errors import NotFound
 from quantizers.recipe import Recipe, parse_recipe
+from server.api.description import described
+from server.api.objects import Memory, Model, ModelList, Unloaded
 from server.api.services import Services, services_of
 from server.engine.interface import ResidentInfo, VariantKey
 
 router = APIRouter()
 
 
-@router.get("/v1/models")
+@router.get("/v1/models", **described(ModelList))
 async def list_models(request: Request) -> dict[str, Any]:
     """The bare name of every checkpoint, then its variants: resident ones, artifacts, and the default precision."""
     services = services_of(request)
@@ -24,7 +26,7 @@ async def list_models(request: Request) -> dict[str, Any]:
     return {"object": "list", "data": [entry for checkpoint in checkpoints for entry in _entries(services, checkpoint, variants)]}
 
 
-@router.get("/v1/models/{model:path}")
+@router.get("/v1/models/{model:path}", **described(Model, 404))
 async def get_model(request: Request, model: str) -> dict[str, Any]:
     """One model. A variant that could be made but was not is 404: the catalog lists what is there."""
     services = services_of(request)
@@ -44,7 +46,7 @@ async def get_model(request: Request, model: str) -> dict[str, Any]:
     return _entry(services, model, checkpoint, key, artifact)
 
 
-@router.post("/v1/models/{model:path}/load")
+@router.post("/v1/models/{model:path}/load", **described(Model, 404, 507))
 async def load_model(request: Request, model: str) -> dict[str, Any]:
     """Make a variant resident, quantizing it first where it has no artifact and that is allowed."""
     services = services_of(request)
@@ -53,7 +55,7 @@ async def load_model(request: Request, model: str) -> dict[str, Any]:
     return await get_model(request, model)
 
 
-@router.post("/v1/models/{model:path}/unload")
+@router.post("/v1/models/{model:path}/unload", **described(Unloaded, 404))
 async def unload_model(request: Request, model: str) -> dict[str, Any]:
     """Free what a resident variant holds. 404 where it is not resident."""
     services = services_of(request)
@@ -65,7 +67,7 @@ async def unload_model(request: Request, model: str) -> dict[str, Any]:
     return {"id": str(key), "object": "model", "resident": False}
 
 
-@router.get("/v1/memory")
+@router.get("/v1/memory", **described(Memory))
 async def memory(request: Request) -> dict[str, Any]:
     """The ledger as the engine last reported it; `memory` is null before its first report."""
     stats = services_of(request).engine.stats()

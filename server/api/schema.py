@@ -6,7 +6,9 @@ Types are strict: a string is no number, a boolean is no integer. A field whose 
 import json
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetJsonSchemaHandler, WithJsonSchema, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from quantizers.errors import InvalidInput
 from server.api.errors import describe
@@ -19,10 +21,59 @@ MAX_TOKENS = 1 << 31  # beyond any context; the model's own is checked when it i
 INT64 = 1 << 63
 
 
+_TOKEN_ID: JsonSchemaValue = {"type": "integer", "minimum": 0, "exclusiveMaximum": MAX_TOKENS}
+_TOKEN_IDS: JsonSchemaValue = {"type": "array", "items": _TOKEN_ID, "minItems": 1}
+_TEXTS: JsonSchemaValue = {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MAX_PROMPTS}
+_PROMPT: JsonSchemaValue = {
+    "anyOf": [{"type": "string"}, _TEXTS, _TOKEN_IDS, {"type": "array", "items": _TOKEN_IDS, "minItems": 1, "maxItems": MAX_PROMPTS}]
+}
+_ONE_STOP: JsonSchemaValue = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_LENGTH}
+_STOP: JsonSchemaValue = {"anyOf": [_ONE_STOP, {"type": "array", "items": _ONE_STOP, "maxItems": MAX_STOPS}]}
+_LOGIT_BIAS: JsonSchemaValue = {
+    "type": "object",
+    "propertyNames": {"pattern": "^[0-9]{1,9}$"},
+    "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+}
+_METADATA: JsonSchemaValue = {
+    "type": "object",
+    "maxProperties": 16,
+    "propertyNames": {"maxLength": 64},
+    "additionalProperties": {"type": "string", "maxLength": 512},
+}
+_PART: JsonSchemaValue = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "required": ["type", "text"],
+    "additionalProperties": False,
+}
+_CONTENT: JsonSchemaValue = {"anyOf": [{"type": "string"}, {"type": "array", "items": _PART, "minItems": 1}]}
+_NAMED: JsonSchemaValue = {
+    "type": "object",
+    "properties": {
+        "type": {"const": "function"},
+        "function": {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"], "additionalProperties": False},
+    },
+    "required": ["type", "function"],
+    "additionalProperties": False,
+}
+_TOOL_CHOICE: JsonSchemaValue = {"anyOf": [{"enum": ["none", "auto", "required"]}, _NAMED]}
+
+
 class ApiModel(BaseModel):
     """Strict, closed, and blind to nulls."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """As pydantic makes it, with null allowed wherever a field may be absent."""
+        schema = handler.resolve_ref_schema(handler(core))
+        required = schema.get("required", ())
+        for name, field in schema.get("properties", {}).items():
+            if name not in required and {"type": "null"} not in field.get("anyOf", ()):
+                description = {key: field.pop(key) for key in ("default", "title", "description") if key in field}
+                schema["properties"][name] = {"anyOf": [field, {"type": "null"}], **description}
+        return schema
 
     @model_validator(mode="before")
     @classmethod
@@ -124,9 +175,9 @@ class GenerationRequest(ApiModel):
     repetition_penalty: float = Field(default=1.0, gt=0, le=10)
     presence_penalty: float = Field(default=0.0, ge=-2, le=2)
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
-    logit_bias: Annotated[dict[int, float], BeforeValidator(_logit_bias)] = {}
+    logit_bias: Annotated[dict[int, float], BeforeValidator(_logit_bias), WithJsonSchema(_LOGIT_BIAS)] = {}
     seed: int | None = Field(default=None, ge=-INT64, lt=INT64)
-    stop: Annotated[list[str], BeforeValidator(_stops)] = []
+    stop: Annotated[list[str], BeforeValidator(_stops), WithJsonSchema(_STOP)] = []
     stop_token_ids: list[Annotated[int, Field(ge=0, lt=MAX_TOKENS)]] = Field(default=[], max_length=64)
     ignore_eos: bool = False
     n: int = Field(default=1, ge=1, le=MAX_CHOICES)
@@ -134,7 +185,7 @@ class GenerationRequest(ApiModel):
     stream_options: StreamOptions | None = None
     cache_salt: str = Field(default="", max_length=256)
     user: str | None = Field(default=None, max_length=1024)
-    metadata: Annotated[dict[str, str], BeforeValidator(_metadata)] = {}
+    metadata: Annotated[dict[str, str], BeforeValidator(_metadata), WithJsonSchema(_METADATA)] = {}
 
     @model_validator(mode="before")
     @classmethod
@@ -184,7 +235,7 @@ class GenerationRequest(ApiModel):
 class CompletionRequest(GenerationRequest):
     not_implemented: ClassVar[dict[str, str]] = {"suffix": "text is only continued at its end; put what belongs before it into 'prompt'"}
 
-    prompt: Annotated[list[str] | list[list[int]], BeforeValidator(_prompts)]
+    prompt: Annotated[list[str] | list[list[int]], BeforeValidator(_prompts), WithJsonSchema(_PROMPT)]
     max_tokens: int | None = Field(default=16, ge=0, le=MAX_TOKENS)
     logprobs: int | None = Field(default=None, ge=0, le=20)
     echo: bool = False
@@ -227,7 +278,7 @@ def _arguments(value: Any) -> dict[str, Any]:
 
 class CalledFunction(ApiModel):
     name: str = Field(max_length=256)
-    arguments: Annotated[dict[str, Any], BeforeValidator(_arguments)]
+    arguments: Annotated[dict[str, Any], BeforeValidator(_arguments), WithJsonSchema({"type": "string"})]
 
 
 class ToolCall(ApiModel):
@@ -238,7 +289,7 @@ class ToolCall(ApiModel):
 
 class Message(ApiModel):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[str, BeforeValidator(_content)] | None = None
+    content: Annotated[str, BeforeValidator(_content), WithJsonSchema(_CONTENT)] | None = None
     name: str | None = Field(default=None, max_length=256)  # given to the template, which may show it
     refusal: str | None = None  # clients send an answer back as it came, where this is null
     tool_calls: list[ToolCall] = Field(default=[], max_length=128)
@@ -340,7 +391,7 @@ class ChatRequest(GenerationRequest):
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     response_format: ResponseFormat | None = None
     tools: list[Tool] = Field(default=[], max_length=128)
-    tool_choice: Annotated[str | None, BeforeValidator(_tool_choice)] = None
+    tool_choice: Annotated[str | None, BeforeValidator(_tool_choice), WithJsonSchema(_TOOL_CHOICE)] = None
     parallel_tool_calls: bool = True
 
     @model_validator(mode="after")

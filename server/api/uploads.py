@@ -10,14 +10,22 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import Field
 from starlette.requests import ClientDisconnect
 
+from model_store.files import File
+from model_store.uploads import Part, Upload
 from server.api.body import json_body
+from server.api.description import described
 from server.api.multipart import stream_field
+from server.api.objects import Deleted, UploadWithParts
 from server.api.schema import ApiModel
 from server.api.services import services_of
 from server.api.sse import ClientGone
 from server.metrics import Metrics
 
 router = APIRouter()
+
+_FORM = {"type": "object", "properties": {"data": {"type": "string", "format": "binary"}}, "required": ["data"]}
+_PART = described(Part, 404, 409, 413)
+_PART["openapi_extra"] = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _FORM}}}}
 
 
 class CreateUpload(ApiModel):
@@ -34,7 +42,7 @@ class CompleteUpload(ApiModel):
     md5: str | None = Field(default=None, pattern="^[0-9a-fA-F]{32}$")
 
 
-@router.post("/v1/uploads")
+@router.post("/v1/uploads", **described(Upload, body=CreateUpload))
 async def create_upload(request: Request, body: Annotated[CreateUpload, Depends(json_body(CreateUpload))]) -> dict[str, Any]:
     """Announce a file of `bytes` bytes."""
     store = services_of(request).store
@@ -42,7 +50,7 @@ async def create_upload(request: Request, body: Annotated[CreateUpload, Depends(
     return upload.model_dump(mode="json")
 
 
-@router.get("/v1/uploads/{upload_id}")
+@router.get("/v1/uploads/{upload_id}", **described(UploadWithParts, 404))
 async def get_upload(request: Request, upload_id: str) -> dict[str, Any]:
     """The upload and the parts that arrived whole, in order of arrival, for a client that resumes."""
     store = services_of(request).store
@@ -51,7 +59,7 @@ async def get_upload(request: Request, upload_id: str) -> dict[str, Any]:
     return {**upload.model_dump(mode="json"), "parts": [part.model_dump(mode="json") for part in parts]}
 
 
-@router.post("/v1/uploads/{upload_id}/parts")
+@router.post("/v1/uploads/{upload_id}/parts", **_PART)
 async def add_part(request: Request, upload_id: str) -> dict[str, Any]:
     """One part: multipart/form-data with the bytes in the field `data`. Its size is bounded by what the upload announced."""
     services = services_of(request)
@@ -64,7 +72,7 @@ async def add_part(request: Request, upload_id: str) -> dict[str, Any]:
     return part.model_dump(mode="json")
 
 
-@router.post("/v1/uploads/{upload_id}/complete")
+@router.post("/v1/uploads/{upload_id}/complete", **described(Upload, 404, 409, body=CompleteUpload))
 async def complete_upload(
     request: Request, upload_id: str, body: Annotated[CompleteUpload, Depends(json_body(CompleteUpload))]
 ) -> dict[str, Any]:
@@ -74,20 +82,20 @@ async def complete_upload(
     return upload.model_dump(mode="json")
 
 
-@router.post("/v1/uploads/{upload_id}/cancel")
+@router.post("/v1/uploads/{upload_id}/cancel", **described(Upload, 404, 409))
 async def cancel_upload(request: Request, upload_id: str) -> dict[str, Any]:
     """Drop a pending upload and its parts."""
     upload = await run_sync(services_of(request).store.uploads.cancel, upload_id)
     return upload.model_dump(mode="json")
 
 
-@router.get("/v1/files/{file_id}")
+@router.get("/v1/files/{file_id}", **described(File, 404))
 async def get_file(request: Request, file_id: str) -> dict[str, Any]:
     file = await run_sync(services_of(request).store.files.get, file_id)
     return file.model_dump(mode="json")
 
 
-@router.delete("/v1/files/{file_id}")
+@router.delete("/v1/files/{file_id}", **described(Deleted, 404))
 async def delete_file(request: Request, file_id: str) -> dict[str, Any]:
     """A checkpoint that was made of the file keeps its bytes."""
     await run_sync(services_of(request).store.files.delete, file_id)
