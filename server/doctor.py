@@ -34,7 +34,7 @@ _FORMATS = (
 def doctor(settings: Settings, *, as_json: bool) -> None:
     """Print the findings as a table or as JSON."""
     facts: dict[str, dict[str, str | list[str]]] = {
-        "hardware": _hardware(),
+        "hardware": _hardware(settings),
         "packages": {name: version(name) for name in _PACKAGES},
         "kernels": _kernels(settings.device),
     }
@@ -50,16 +50,22 @@ def doctor(settings: Settings, *, as_json: bool) -> None:
     console.print(f"data directory: {settings.data_dir}")
 
 
-def _hardware() -> dict[str, str | list[str]]:
+def _hardware(settings: Settings) -> dict[str, str | list[str]]:
     import torch
 
+    from server.engine.device import default_budget, gpus
+
     memory = psutil.virtual_memory()
-    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    device = torch.device(resolve_device(settings.device))
+    budget, origin = settings.memory_budget_bytes, "as the settings say"
+    if budget is None:
+        budget, origin = default_budget(device), "80 % of what is free now"
     return {
         "processor": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} used by torch",
         "instructions": [feature for feature in _CPU_FEATURES if feature in _cpu_flags()] or ["none of note"],
         "memory": f"{memory.total / 2**30:.1f} GiB, {memory.available / 2**30:.1f} GiB available",
-        "gpu": gpus or [f"none that torch {torch.__version__} sees; everything runs on the CPU"],
+        "gpu": [str(gpu) for gpu in gpus()] or [f"none that torch {torch.__version__} sees; everything runs on the CPU"],
+        "budget": f"variants may hold {budget / 2**30:.1f} GiB on {device}, {origin}",
     }
 
 
@@ -75,7 +81,7 @@ def _kernels(device: str) -> dict[str, str | list[str]]:
     """Kernel that runs each format on a layer of 4096 x 4096."""
     import torch
 
-    from quantizers.kernels import LayerKind, select
+    from quantizers.kernels import LayerKind, cuda, select
     from quantizers.kernels.cpu import library
     from quantizers.recipe import parse_recipe
     from quantizers.scheme import FloatScheme, MixedScheme
@@ -84,6 +90,8 @@ def _kernels(device: str) -> dict[str, str | list[str]]:
     target = torch.device(resolve_device(device))
     why = library.missing()
     found: dict[str, str | list[str]] = {"native library": f"uses {library.instruction_set()}" if why is None else f"missing: {why}"}
+    why = cuda.why_not(target)
+    found["triton kernels"] = f"run on {target}" if why is None else f"do not run: {why}"
     for slug in _FORMATS:
         recipe = parse_recipe(slug)
         if isinstance(recipe.scheme, FloatScheme):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from quantizers.errors import InvalidInput
+from quantizers.kernels import cuda
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,31 @@ class DeviceMemory:
     total: int
     used: int
     free: int
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A CUDA device as torch sees it. `why_not`: why our kernels do not run on it, None where they do."""
+
+    name: str
+    capability: tuple[int, int]
+    memory: DeviceMemory
+    why_not: str | None
+
+    def __str__(self) -> str:
+        gib = 2.0**30
+        memory = f"{self.memory.total / gib:.1f} GiB, {self.memory.free / gib:.1f} GiB free"
+        kernels = "runs the Triton kernels" if self.why_not is None else f"runs the reference kernels: {self.why_not}"
+        return f"{self.name}: compute capability {self.capability[0]}.{self.capability[1]}, {memory}; {kernels}"
+
+
+def gpus() -> tuple[Gpu, ...]:
+    """The CUDA devices of this machine, in torch's order."""
+    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)]
+    return tuple(
+        Gpu(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device), measure(device), cuda.why_not(device))
+        for device in devices
+    )
 
 
 def open_device(name: str) -> torch.device:

@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 BLOCK_SIZE = 16  # small enough that short prefixes are shared and little is lost at the end, large enough to gather by rows
 _PROBE_TOKENS = 2
 _WARM_TOKENS = (1, 32, 64, 512)  # of a step: the sizes for which products are compiled, up to the largest step
+# What a GPU's libraries keep for their work: cuBLAS 32 MiB, once beside the graphs and once in them, a product split into segments and
+# attention split into pieces at most 33 MiB each.
+_LIBRARY_BYTES = 130 << 20
 # Rotary frequencies that depend on how long the sequences of a pass are: sequences must not see each other's lengths.
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
@@ -50,6 +53,8 @@ class HfExecutor:
         self._longest: int | None = None  # positions that a sequence of the cache may have, where decoding follows the block tables
         self._buckets = self._make_buckets(record)
         self.held_bytes = 0 if self._buckets is None else DecodeBuckets.bytes(int(text.vocab_size), self._max_blocks)
+        if self._device.type == "cuda":
+            self.held_bytes += _LIBRARY_BYTES
 
     def _make_buckets(self, record: Record | None) -> DecodeBuckets | None:
         if record is None and cuda.why_not(self._device) is None:

@@ -68,3 +68,5 @@ def test_doctor_names_a_kernel_for_every_format() -> None:
     assert done.returncode == 0, done.stderr
     assert '"rtn-w4g64"' in done.stdout
     assert '"instructions"' in done.stdout
+    assert '"triton kernels"' in done.stdout
+    assert "variants may hold" in done.stdout

@@ -8,7 +8,17 @@ import pytest
 import torch
 
 from quantizers.errors import InvalidInput
-from server.engine.device import DeviceMemory, _container_limit, default_budget, measure, open_device, proportional_set_size
+from server.engine.device import (
+    DeviceMemory,
+    Gpu,
+    _container_limit,
+    default_budget,
+    gpus,
+    measure,
+    move,
+    open_device,
+    proportional_set_size,
+)
 
 CPU = torch.device("cpu")
 
@@ -50,6 +60,34 @@ def test_a_containers_limit_is_read(tmp_path: Path) -> None:
     assert _container_limit(tmp_path) is None
     (tmp_path / "memory.max").write_text("1000\n")
     assert _container_limit(tmp_path) == DeviceMemory(total=1000, used=700, free=450)
+
+
+def test_a_gpu_is_described_by_what_decides_what_runs() -> None:
+    gib = 1 << 30
+    gpu = Gpu("NVIDIA H100", (9, 0), DeviceMemory(total=80 * gib, used=gib // 2, free=80 * gib - gib // 2), None)
+    assert str(gpu) == "NVIDIA H100: compute capability 9.0, 80.0 GiB, 79.5 GiB free; runs the Triton kernels"
+    old = Gpu("Tesla T4", (7, 5), DeviceMemory(total=16 * gib, used=0, free=16 * gib), "compute capability 7.5 is below 8.0")
+    assert str(old).endswith("16.0 GiB free; runs the reference kernels: compute capability 7.5 is below 8.0")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_without_a_gpu_there_is_none_to_describe() -> None:
+    assert gpus() == ()
+
+
+def test_what_is_moved_is_what_was_there() -> None:
+    there = torch.arange(6).view(2, 3).T  # not contiguous
+    assert torch.equal(move(there, CPU), there)
+    assert move(there, torch.device("meta")).shape == there.shape
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_gpus_of_this_machine() -> None:
+    found = gpus()
+    assert len(found) == torch.cuda.device_count()
+    assert 0 < default_budget(open_device("cuda")) < found[0].memory.total
+    assert found[0].capability >= (8, 0) or found[0].why_not is not None
 
 
 @pytest.mark.gpu
