@@ -103,7 +103,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         artifact = Artifact()
         trim_heap()  # what earlier models left behind would hide the run's own peak
         started = time.monotonic()
-        result = quantize(config, source, recipe, artifact.__setitem__, calibration=calibration)
+        result = quantize(config, source, recipe, artifact.__setitem__, calibration=calibration, keeps_artifact=True)
         row = _facts(recipe, result, time.monotonic() - started)
         models = {"fp32": load_dequantized(config, source, recipe, artifact)}
         if not arguments.only_fp32:
@@ -152,6 +152,7 @@ def _facts(recipe: Recipe, result: QuantizationResult, seconds: float) -> dict[s
         "options": {method.name: method.model_dump(exclude={"name"}) for method in recipe.methods},
         "seconds": round(seconds, 1),
         "peak_mb": round(result.peak_bytes / 1e6),
+        "predicted_peak_mb": round(result.predicted_peak_bytes / 1e6),
         "artifact_mb": round(result.bytes / 1e6, 1),
         "worst_layer_error": round(max(layer.relative_error for layer in result.layers), 4),
     }

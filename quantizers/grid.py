@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from quantizers.errors import QuantizationFailed
+from quantizers.finite import all_finite
 from quantizers.packing import pack
 from quantizers.scheme import GROUP_SIZES, IntegerScheme
 from quantizers.weights import QuantizedWeight, fits, is_plain_int8
 
 _SMALLEST_FP16 = 2.0**-24
+_PACKED_AT_ONCE = 1 << 17  # codes: packing takes 16 bytes of scratch space for each
 _SEARCH_BYTES = 64 << 20  # of scratch space for one search over a matrix: rows are independent, so they are searched some at a time
 
 
@@ -70,7 +72,8 @@ class Grid:
         if is_plain_int8(self.scheme):
             tensors["codes"] = codes.to(torch.int8)
         else:
-            tensors["codes"] = pack((codes - self.scheme.qmin).to(torch.uint8), self.scheme.weight_bits)
+            rows = torch.split(codes, max(1, _PACKED_AT_ONCE // codes.shape[1]))
+            tensors["codes"] = torch.cat([pack((part - self.scheme.qmin).to(torch.uint8), self.scheme.weight_bits) for part in rows])
         return QuantizedWeight(self.scheme, codes.shape[0], codes.shape[1], tensors)
 
 
@@ -78,7 +81,7 @@ def as_groups(weight: Tensor, scheme: IntegerScheme, layer: str) -> Tensor:
     """`weight` [out, in] -> fp32 [out, G, group]. Raises QuantizationFailed naming `layer` where groups do not fit or it is not finite."""
     out_features, in_features = weight.shape
     check_groups_fit(scheme, in_features, layer)
-    if not bool(torch.isfinite(weight).all()):
+    if not all_finite(weight):
         raise QuantizationFailed("its weights hold NaN or infinity: the checkpoint is damaged", layer=layer)
     return weight.float().view(out_features, -1, scheme.group_size or in_features)
 

@@ -18,6 +18,7 @@ from quantizers.block import Block, BlockLoss, Training, one_format, squares
 from quantizers.blocks import decoder_blocks, layer_shape
 from quantizers.calibration import Calibration
 from quantizers.errors import InvalidInput, QuantizationFailed
+from quantizers.finite import all_finite
 from quantizers.flow import Streams, open_streams
 from quantizers.memory import PeakMemory, keep_large_tensors_apart, memory_for, trim_heap
 from quantizers.methods.base import Stream
@@ -25,6 +26,7 @@ from quantizers.methods.rtn import Rtn, quantize_nearest
 from quantizers.mixed import SAMPLES as MIXED_SAMPLES
 from quantizers.mixed import Offer, offers, spend
 from quantizers.model import fill_computed_buffers, recipe_layers
+from quantizers.peak import PeakBytes, check_room, predict_peak_of
 from quantizers.products import quick_products
 from quantizers.recipe import Recipe
 from quantizers.scheme import FloatScheme, MixedScheme
@@ -36,7 +38,7 @@ from quantizers.weights import QuantizedScheme, QuantizedWeight, join_rows
 __all__ = ["Block", "LayerResult", "Progress", "QuantizationResult", "quantize"]
 
 _QUICKLY_READ = 1 << 30  # weights: a second of reading
-_ROWS = 4096  # of a matrix with a row for every token of the vocabulary: some megabytes at a time
+_PIECE = 1 << 20  # numbers of a matrix with a row for every token of the vocabulary that are looked at or rounded at once
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Progress:
     total: int
     seconds_left: float | None
     loss: float | None = None  # of the last step, where a method trains
+    predicted_peak_bytes: int | None = None  # said once, with the first step
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,8 @@ class LayerResult:
 class QuantizationResult:
     """`bytes` is what went into the sink; `peak_bytes` the most that the run held beyond what the process held before, measured.
 
-    changed: full names of the unquantized tensors (norms, biases) that the methods changed. calibration: `Calibration.facts`.
+    predicted_peak: the same as it was said before, by what takes it (`quantizers.peak.PeakBytes`). changed: full names of the unquantized
+    tensors (norms, biases) that the methods changed. calibration: `Calibration.facts`.
     trained: what training came to, block by block.
     """
 
@@ -71,13 +75,22 @@ class QuantizationResult:
     bytes: int
     seconds: float
     peak_bytes: int
+    predicted_peak_bytes: int
+    predicted_peak: dict[str, int]
     changed: tuple[str, ...] = ()
     calibration: dict[str, str | int] | None = None
     trained: tuple[BlockLoss, ...] = ()
 
 
+def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
+    """`tensor` cut along its first dimension, so that no piece is larger than one row or _PIECE."""
+    if tensor.dim() == 0:
+        return (tensor,)
+    return torch.split(tensor, max(1, _PIECE // max(1, tensor[:1].numel())))
+
+
 def _check_finite(tensor: Tensor, name: str) -> None:
-    if not bool(torch.isfinite(tensor).all()):
+    if not all_finite(tensor):
         raise QuantizationFailed("holds NaN or infinity: the checkpoint is damaged", layer=name)
 
 
@@ -92,14 +105,19 @@ def quantize(
     progress: Callable[[Progress], None] = lambda _: None,
     seed: int = 0,
     checkpoints: Path | None = None,
+    memory_limit: int | None = None,
+    keeps_artifact: bool = False,
 ) -> QuantizationResult:
     """Quantize the checkpoint `source` by `recipe`; every quantized tensor goes to `sink` as `<layer>.<tensor>`, on the CPU, and every
     other tensor of a block that a method changed, whole and in fp32, by its own name. Methods that train keep their checkpoints in the
     folder `checkpoints`, if there is one, and go on from those that they find there.
 
-    Raises QuantizationFailed naming the layer or tensor at which it stopped, CorruptData where the checkpoint does not fit its config,
-    InvalidInput for a baseline, an architecture without a stack of decoder blocks, calibration tokens that are missing, that no method
-    looks at or that the model has no place for. What `progress` raises ends the run.
+    memory_limit: bytes that the run may take beyond what the process holds now. keeps_artifact: whether `sink` keeps tensors in memory.
+
+    Raises OutOfMemory where it is predicted to take more or an allocation fails, QuantizationFailed naming the layer or tensor at which it
+    stopped, CorruptData where the checkpoint does not fit its config, InvalidInput for a baseline, an architecture without a stack of
+    decoder blocks, calibration tokens that are missing, that no method looks at or that the model has no place for. What `progress`
+    raises ends the run.
     """
     if isinstance(recipe.scheme, FloatScheme):
         raise InvalidInput(f"{recipe.slug} is a baseline: there is nothing to quantize, load it as it is", param="model")
@@ -109,6 +127,9 @@ def quantize(
     with PeakMemory(device) as peak, torch.random.fork_rng(), torch.no_grad(), quick_products():
         torch.manual_seed(seed)
         walk = _Walk(config, source, recipe, sink, torch.device(device), progress, checkpoints)
+        predicted = walk.predict(calibration, keeps_artifact)
+        if memory_limit is not None:
+            check_room(predicted, memory_limit)
         walk.check()
         walk.try_largest(0 if calibration is None else int(calibration.mask.sum()))
         if calibration is not None and isinstance(recipe.scheme, MixedScheme):
@@ -116,8 +137,17 @@ def quantize(
         wanted = frozenset[Stream](stream for method in recipe.methods for stream in method.streams())
         walk.blocks(walk.streams(calibration, wanted) if calibration is not None and wanted else None)
         walk.head()
-    facts = calibration.facts if calibration else None
-    return QuantizationResult(tuple(walk.results), walk.bytes, walk.elapsed(), peak.bytes, tuple(walk.changed), facts, tuple(walk.trained))
+    return QuantizationResult(
+        tuple(walk.results),
+        walk.bytes,
+        walk.elapsed(),
+        peak.bytes,
+        predicted.total,
+        predicted.facts(),
+        tuple(walk.changed),
+        calibration.facts if calibration else None,
+        tuple(walk.trained),
+    )
 
 
 def _check_calibration(config: PretrainedConfig, recipe: Recipe, calibration: Calibration | None) -> None:
@@ -173,6 +203,14 @@ class _Walk:
     def elapsed(self) -> float:
         return time.monotonic() - self._started
 
+    def predict(self, calibration: Calibration | None, keeps_artifact: bool) -> PeakBytes:
+        """The peak of this run, and the first thing that its progress says."""
+        samples, length = (0, 0) if calibration is None else calibration.tokens.shape
+        device = self._device.type
+        predicted = predict_peak_of(self._model, self._keys, self._recipe, self._source, samples, length, device, keeps_artifact)
+        self._progress(Progress("try", 0, len(self._layers), None, predicted.total))
+        return predicted
+
     def check(self) -> None:
         """Formats, and that what is not quantized holds numbers: it is served as it is. Weights too where reading all takes a second."""
         shapes = {name: layer_shape(self._model.get_submodule(name)) for name in self._layers}
@@ -181,7 +219,7 @@ class _Walk:
         blocks = tuple(f"{name}." for name in decoder_blocks(self._model))
         names = {key: name for name, key in reversed(self._keys.items()) if everything or not name.startswith(blocks)}
         for key, name in sorted(names.items()):
-            for rows in torch.split(self._source.get(key), _ROWS):
+            for rows in _pieces(self._source.get(key)):
                 _check_finite(rows, name)
 
     def try_largest(self, tokens: int) -> None:
@@ -191,7 +229,6 @@ class _Walk:
         if not shapes:
             return
         name = largest(shapes)
-        self._progress(Progress("try", 0, len(self._layers), None))
         layer, scheme = self._model.get_submodule(name), self._layers[name]
         self._materialise(name, layer)
         widest = max(scheme.choices, key=lambda each: each.weight_bits) if isinstance(scheme, MixedScheme) else scheme
@@ -276,7 +313,7 @@ class _Walk:
             return
         name = next(reversed(self._layers))
         pieces, error, norm = [], 0.0, 0.0
-        for rows in torch.split(self._source.get(self._keys[f"{name}.weight"]), _ROWS):
+        for rows in _pieces(self._source.get(self._keys[f"{name}.weight"])):
             weight = self._copy(rows, name)
             pieces.append(quantize_nearest(weight, self._recipe.head, layer=name))
             error += squares(weight - pieces[-1].dequantize())

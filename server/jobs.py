@@ -130,6 +130,8 @@ class JobRunner:
         if (await run_sync(self._store.jobs.get, job.id)).is_over:
             return  # cancelled meanwhile
         if "result" in last:
+            peak = {name: last["result"][name] for name in ("peak_bytes", "predicted_peak_bytes")}
+            await run_sync(self._store.jobs.append_event, job.id, {"state": "running", **peak})
             await run_sync(self._store.jobs.succeed, job.id, last["result"]["variant"])
             return
         error = last.get("error") or {
@@ -151,6 +153,10 @@ class JobRunner:
             if "progress" not in message:
                 last = message
                 continue
+            predicted = message["progress"]["predicted_peak_bytes"]
+            if predicted is not None:
+                said = {"state": "running", "predicted_peak_bytes": predicted}
+                await run_sync(self._store.jobs.append_event, job_id, said)
             if time.monotonic() < due:
                 continue
             due = time.monotonic() + EVENT_SECONDS

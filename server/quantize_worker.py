@@ -46,7 +46,9 @@ def main() -> int:
     except PrecisError as error:
         _send(lines, {"error": {"kind": type(error).__name__, "message": error.message, "param": error.param, "code": error.code}})
         return 1
-    _send(lines, {"result": {"variant": f"{arguments.checkpoint}@{arguments.recipe}", "files": manifest.model_dump(mode="json")["files"]}})
+    peak = {name: manifest.facts[name] for name in ("peak_bytes", "predicted_peak_bytes")}
+    said = {"variant": f"{arguments.checkpoint}@{arguments.recipe}", "files": manifest.model_dump(mode="json")["files"], **peak}
+    _send(lines, {"result": said})
     return 0
 
 

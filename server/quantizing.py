@@ -25,6 +25,7 @@ from quantizers.recipe import Recipe, parse_recipe
 from quantizers.shared import SharedTensors
 from quantizers.skeleton import DTYPES
 from server.calibration import DEFAULT, SELF, CalibrationOptions, find_file, read_documents, read_text
+from server.engine.device import measure
 from server.text.tokenizer import Tokenizer
 
 __all__ = ["Progress", "ensure_variant", "make_variant", "resolve_device"]
@@ -58,7 +59,14 @@ def make_variant(
     with store.variants.create(checkpoint, slug) as draft:
         with SafetensorsWriter(draft.dir / "model.safetensors") as writer:
             result = quantize(
-                config, source.tensors(), recipe, writer, calibration=tokens, device=resolve_device(device), progress=progress
+                config,
+                source.tensors(),
+                recipe,
+                writer,
+                calibration=tokens,
+                device=resolve_device(device),
+                progress=progress,
+                memory_limit=measure(torch.device(resolve_device(device))).free,
             )
         progress(Progress("write", result.bytes, result.bytes, 0.0))
         manifest = Manifest(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from quantizers.errors import UnsupportedScheme
-from quantizers.methods.base import Method, Stream
+from quantizers.methods.base import FP32_BYTES, LayerGroups, Method, Stream
 from quantizers.scheme import BnbScheme, FloatScheme, IntegerScheme
 
 if TYPE_CHECKING:
@@ -45,6 +45,16 @@ class Awq(Method):
     def check(self, scheme: FloatScheme | IntegerScheme | BnbScheme) -> None:
         if not isinstance(scheme, IntegerScheme) or scheme.activation_bits:
             raise UnsupportedScheme(f"awq makes weight-only integer formats such as w4g64z, not {scheme.slug}", param="model")
+
+    def held_bytes(self, groups: LayerGroups) -> int:
+        """A Gram matrix for each group."""
+        return FP32_BYTES * sum(group[0][1] ** 2 for group in groups)
+
+    def scratch_bytes(self, groups: LayerGroups) -> int:
+        """Beside these, the rows of a group with scales, rounded, their error and its weighted form."""
+        return self.held_bytes(groups) + 6 * FP32_BYTES * max(
+            (sum(rows * columns for rows, columns in group) for group in groups), default=0
+        )
 
     def apply(self, block: "Block") -> None:
         from quantizers.hessian import Gram

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from quantizers.block import Block
 
 Stream = Literal["full", "quantized"]  # the tokens as the checkpoint computes them; as the quantized model so far does
+LayerGroups = tuple[tuple[tuple[int, int], ...], ...]  # of a block: groups of layers that share an input, each layer (out, in)
+FP32_BYTES = 4
 METHODS: dict[str, type["Method"]] = {}
 
 
@@ -47,6 +49,17 @@ class Method(BaseModel):
     def for_trial(self) -> "Method":
         """What is run on the largest layer before all others, to see whether it can: a method that trains takes fewer steps here."""
         return self
+
+    def held_bytes(self, groups: LayerGroups) -> int:  # noqa: ARG002 - most methods hold nothing then
+        """What it holds beside weights and activations while calibration tokens run through a block of these layers: its statistics."""
+        return 0
+
+    def scratch_bytes(self, groups: LayerGroups) -> int:
+        """What it holds beside the block's weights while it chooses the numbers of one layer or group; its statistics included.
+
+        Rounding to nearest holds three tensors of a layer's size at once.
+        """
+        return 3 * FP32_BYTES * max((rows * columns for group in groups for rows, columns in group), default=0)
 
     def apply(self, block: "Block") -> None:
         """Work on one decoder block: change its floating weights, or `block.put` quantized layers for them."""

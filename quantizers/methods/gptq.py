@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from quantizers.errors import UnsupportedScheme
-from quantizers.methods.base import Method, Stream
+from quantizers.methods.base import FP32_BYTES, LayerGroups, Method, Stream
 from quantizers.scheme import BnbScheme, FloatScheme, IntegerScheme
 
 if TYPE_CHECKING:
@@ -54,6 +54,16 @@ class Gptq(Method):
             raise UnsupportedScheme(
                 f"gptq quantizes activations only as w8a8, not {scheme.slug}: leave 'a8' out or choose w8a8", param="model"
             )
+
+    def held_bytes(self, groups: LayerGroups) -> int:
+        """One group's Hessian, and the product of its two inputs."""
+        return len(self.streams()) * FP32_BYTES * _widest(groups) ** 2
+
+    def scratch_bytes(self, groups: LayerGroups) -> int:
+        """Beside these, the Hessian and its factors in fp64; or the rows of a group in several stages of their work."""
+        factoring = (3 * 2 * FP32_BYTES) * _widest(groups) ** 2
+        working = 6 * FP32_BYTES * max((sum(rows * columns for rows, columns in group) for group in groups), default=0)
+        return self.held_bytes(groups) + max(factoring, working)
 
     def apply(self, block: "Block") -> None:
         from quantizers.hessian import Gram
@@ -100,6 +110,10 @@ class Gptq(Method):
         codes = compensated_codes(weight, grid, found, self.block_size)
         sizes = [len(weight) for weight in weights]
         return {name: part.weight(rows) for name, part, rows in zip(names, grid.split(sizes), torch.split(codes, sizes), strict=True)}
+
+
+def _widest(groups: LayerGroups) -> int:
+    return max((columns for group in groups for _, columns in group), default=0)
 
 
 def corrected(weight: "Tensor", cross: "Tensor", found: "Factors") -> "Tensor":

@@ -17,6 +17,8 @@ from quantizers.scheme import BnbScheme, FloatScheme, IntegerScheme
 from quantizers.tensors import TensorSource
 from tests.quantizers.conftest import MemoryTensors, calibration_tokens, tiny_config
 
+HEAP_OF_OTHER_TESTS = 40e6  # what earlier work left in pieces that no tensor of a megabyte fits into
+
 
 def test_every_layer_is_written_once_with_its_error(family: str, tiny: Callable) -> None:
     model, checkpoint = tiny(family)
@@ -44,7 +46,7 @@ def test_gpt2s_transposed_layers_are_quantized_along_their_inputs(tiny: Callable
 def test_the_output_matrix_in_pieces_is_the_output_matrix_at_once(tiny: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     model, checkpoint = tiny("llama-tied")
     sink = MemoryTensors()
-    monkeypatch.setattr("quantizers.pipeline._ROWS", 7)
+    monkeypatch.setattr("quantizers.pipeline._PIECE", 7 * 64)
     result = quantize(model.config, checkpoint, parse_recipe("rtn-w4g32-head8"), sink.__setitem__)
     scheme = IntegerScheme(weight_bits=8, group_size=32)
     whole = quantize_nearest(checkpoint["model.embed_tokens.weight"], scheme, layer="lm_head")
@@ -176,7 +178,7 @@ def test_the_peak_is_some_blocks_not_the_model(demo_config: PretrainedConfig, de
     """A block of the demo model takes 14 MB in fp32, its linear layers together 425 MB."""
     result = quantize(demo_config, demo_tensors, parse_recipe("rtn-w4g32m"), lambda name, tensor: None)
     assert len(result.layers) == 210 and max(layer.relative_error for layer in result.layers) == 0
-    assert 0 < result.peak_bytes < 200e6
+    assert 0.8 * result.predicted_peak_bytes < result.peak_bytes < result.predicted_peak_bytes + HEAP_OF_OTHER_TESTS
 
 
 def test_an_architecture_that_does_not_exist_is_refused() -> None:
