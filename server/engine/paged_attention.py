@@ -260,6 +260,10 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, sc
     """Query [n, heads, q, head_dim], keys and values [n, kv_heads, k, head_dim] -> [n, heads, q, head_dim]; no mask: causal, q == k."""
     grouped = query.shape[1] != keys.shape[1]
     if softcap is None:
+        if grouped and mask is not None and query.is_cuda:
+            # With a mask and shared keys torch would materialise all scores; its kernel that does not wants a key for each query head.
+            keys, values = (part.repeat_interleave(query.shape[1] // part.shape[1], dim=1) for part in (keys, values))
+            grouped = False
         return scaled_dot_product_attention(query, keys, values, mask, is_causal=mask is None, scale=scale, enable_gqa=grouped)
     if grouped:
         keys, values = (part.repeat_interleave(query.shape[1] // part.shape[1], dim=1) for part in (keys, values))

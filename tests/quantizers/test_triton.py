@@ -4,6 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,12 @@ has_triton = pytest.mark.skipif(
 )
 
 
+def interprets() -> bool:
+    return importlib.util.find_spec("triton") is not None and tuple(map(int, version("triton").split(".")[:2])) >= (3, 7)
+
+
 @has_triton
+@pytest.mark.skipif(not interprets(), reason="before 3.7 Triton's interpreter asks numpy for a conversion that numpy 2.4 took away")
 def test_the_kernels_in_the_interpreter() -> None:
     """In a process of its own: Triton reads TRITON_INTERPRET when it is imported."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(ROOT / "tests/quantizers/interpreted")]
