@@ -121,7 +121,7 @@ def is_plain_int8(scheme: IntegerScheme) -> bool:
 def dequantize(scheme: QuantizedScheme, out_features: int, in_features: int, tensors: Mapping[str, Tensor]) -> Tensor:
     """fp32 [out_features, in_features]: the weights that the codes stand for."""
     if isinstance(scheme, IntegerScheme):
-        return _dequantize_integer(scheme, out_features, in_features, tensors)
+        return integer_values(scheme, out_features, in_features, tensors, torch.float32)
     codes, absmax = tensors["codes"], tensors["absmax"]
     if scheme.format == "int8":
         return codes.float() * (absmax / 127).unsqueeze(-1)
@@ -131,16 +131,17 @@ def dequantize(scheme: QuantizedScheme, out_features: int, in_features: int, ten
     return blocks.view(-1)[:size].view(out_features, in_features)
 
 
-def _dequantize_integer(scheme: IntegerScheme, out_features: int, in_features: int, tensors: Mapping[str, Tensor]) -> Tensor:
-    codes = unpack(tensors["codes"], scheme.weight_bits, in_features).float()
+def integer_values(scheme: IntegerScheme, out_features: int, in_features: int, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    """`dtype` [out_features, in_features]: scale * (code - zero_point), exact in fp32, or scale * code + minimum, exact in fp64."""
+    codes = unpack(tensors["codes"], scheme.weight_bits, in_features).to(dtype)
     grouped = codes.view(out_features, groups(scheme, in_features), -1)
     if scheme.symmetric and not is_plain_int8(scheme):
         grouped = grouped - (1 << (scheme.weight_bits - 1))
     elif scheme.zero == "integer":
-        grouped = grouped - tensors["zero_point"].float().unsqueeze(-1)
-    grouped = grouped * tensors["scale"].float().unsqueeze(-1)
+        grouped = grouped - tensors["zero_point"].to(dtype).unsqueeze(-1)
+    grouped = grouped * tensors["scale"].to(dtype).unsqueeze(-1)
     if scheme.zero == "minimum":
-        grouped = grouped + tensors["minimum"].float().unsqueeze(-1)
+        grouped = grouped + tensors["minimum"].to(dtype).unsqueeze(-1)
     return grouped.view(out_features, in_features)
 
 

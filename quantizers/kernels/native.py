@@ -1,11 +1,12 @@
 """Our own CPU kernels behind the registry. Integer products inside: the layer's input is rounded to 8 bits while it is multiplied.
 
 Weight-only formats say nothing of the input; here it is rounded dynamically, each 32 inputs of a token with a scale of their own
-(`a8g32` in the kernel's name), which costs about 0.4 % of a product's size. `a8` formats round as they are specified, and their results
-are the reference's to the bit. A row's result is the same to the bit at any batch size, thread count and instruction set.
+(`a8g32` in the kernel's name), which costs about 0.4 % of a product's size. `a8` formats round as they are specified, each token with one
+scale. A row's result is the same to the bit at any batch size, thread count and instruction set.
 """
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ class NativeWeightOnly(Kernel):
 
     name = "native-cpu-a8g32"
     rank = 20
+    kind: ClassVar[int] = library.GROUPED
 
     @classmethod
     def supports(cls, layer: LayerKind) -> bool:
@@ -62,7 +64,7 @@ class NativeWeightOnly(Kernel):
         scheme = self.layer.scheme
         assert isinstance(scheme, IntegerScheme)
         return library.Matrix(
-            kind=library.TOKEN if scheme.activation_bits else library.GROUPED,
+            kind=self.kind,
             bits=scheme.weight_bits,
             group=scheme.group_size or self.layer.in_features,
             zero=library.ZEROS[scheme.zero],
@@ -77,12 +79,30 @@ class NativeInt8Tokens(NativeWeightOnly):
     """8 bits a channel with 8 bits a token: exact integer sums, so the reference's results to the bit."""
 
     name = "native-cpu-w8a8"
+    kind = library.TOKEN
 
     @classmethod
     def supports(cls, layer: LayerKind) -> bool:
-        scheme = layer.scheme
-        channels = isinstance(scheme, IntegerScheme) and (scheme.weight_bits, scheme.group_size, scheme.zero) == (8, None, "none")
-        return _supported(layer) and channels and getattr(scheme, "activation_bits", None) == 8
+        return _supported(layer) and _has_int8_tokens(layer) and _is_channel_int8(layer)
+
+
+class NativeTokens(NativeWeightOnly):
+    """8 bits a token with every other integer format: exact integer sums of 32 products each, added up in fp32 with the groups' scales."""
+
+    name = "native-cpu-a8"
+    kind = library.GROUPED_TOKEN
+
+    @classmethod
+    def supports(cls, layer: LayerKind) -> bool:
+        return _supported(layer) and _has_int8_tokens(layer) and not _is_channel_int8(layer)
+
+
+def _has_int8_tokens(layer: LayerKind) -> bool:
+    return isinstance(layer.scheme, IntegerScheme) and layer.scheme.activation_bits == 8
+
+
+def _is_channel_int8(layer: LayerKind) -> bool:
+    return isinstance(layer.scheme, IntegerScheme) and layer.scheme.group_size is None and is_plain_int8(layer.scheme)
 
 
 def _supported(layer: LayerKind) -> bool:

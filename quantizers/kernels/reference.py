@@ -1,8 +1,9 @@
 """The definition of every format, in plain torch on any device; the other kernels are tested against it.
 
 Weight-only formats: the weight is dequantized in fp32, rounded to the input's dtype, and multiplied as torch multiplies. `a8`: int8
-codes of the tokens and of the weight are multiplied exactly, and scaled in fp32. LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339,
-section 3.2): columns of the input that hold a magnitude of at least the threshold are multiplied in floating point, the others in int8.
+codes of the tokens and codes of the weight are multiplied exactly, in fp64; what scales a whole row or token is applied in fp32.
+LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339, section 3.2): columns of the input that hold a magnitude of at least the
+threshold are multiplied in floating point, the others in int8.
 """
 
 from collections.abc import Mapping
@@ -13,8 +14,8 @@ from torch.nn.functional import linear
 
 from quantizers.activations import quantize_tokens
 from quantizers.kernels.base import Kernel, LayerKind
-from quantizers.scheme import BnbScheme
-from quantizers.weights import QuantizedWeight, Spec, dequantize, tensor_specs
+from quantizers.scheme import BnbScheme, IntegerScheme
+from quantizers.weights import QuantizedWeight, Spec, dequantize, integer_values, is_plain_int8, tensor_specs
 
 
 class Reference(Kernel):
@@ -51,7 +52,11 @@ class Reference(Kernel):
         return linear(tokens, weight.to(tokens.dtype))
 
     def _int8_tokens(self, tokens: Tensor, buffers: Mapping[str, Tensor]) -> Tensor:
+        assert isinstance(self.layer.scheme, IntegerScheme)
         codes, scale = quantize_tokens(tokens)
+        if not is_plain_int8(self.layer.scheme) or self.layer.scheme.group_size is not None:
+            weight = integer_values(self.layer.scheme, self.layer.out_features, self.layer.in_features, buffers, torch.float64)
+            return (codes.double() @ weight.T).float() * scale
         return exact_int8_product(codes, buffers["codes"]) * scale * buffers["scale"].float().view(1, -1)
 
     def _llm_int8(self, tokens: Tensor, buffers: Mapping[str, Tensor], scheme: BnbScheme) -> Tensor:

@@ -49,11 +49,7 @@ class Gptq(Method):
 
     def check(self, scheme: FloatScheme | IntegerScheme | BnbScheme) -> None:
         if not isinstance(scheme, IntegerScheme):
-            raise UnsupportedScheme(f"gptq makes integer formats such as w4g64, w3g64z or w8a8, not {scheme.slug}", param="model")
-        if scheme.activation_bits and scheme.slug != "w8a8":
-            raise UnsupportedScheme(
-                f"gptq quantizes activations only as w8a8, not {scheme.slug}: leave 'a8' out or choose w8a8", param="model"
-            )
+            raise UnsupportedScheme(f"gptq makes integer formats such as w4g64, w3g64z, w4g64a8 or w8a8, not {scheme.slug}", param="model")
 
     def held_bytes(self, groups: LayerGroups) -> int:
         """One group's Hessian, and the product of its two inputs."""

@@ -24,11 +24,7 @@ class Rtn(Method):
 
     def check(self, scheme: FloatScheme | IntegerScheme | BnbScheme) -> None:
         if not isinstance(scheme, IntegerScheme):
-            raise UnsupportedScheme(f"rtn makes integer formats such as w8, w4g64 or w8a8, not {scheme.slug}", param="model")
-        if scheme.activation_bits and scheme.slug != "w8a8":
-            raise UnsupportedScheme(
-                f"rtn quantizes activations only as w8a8, not {scheme.slug}: leave 'a8' out or choose w8a8", param="model"
-            )
+            raise UnsupportedScheme(f"rtn makes integer formats such as w8, w4g64, w4g64a8 or w8a8, not {scheme.slug}", param="model")
 
     def apply(self, block: "Block") -> None:
         for name, scheme in block.schemes.items():

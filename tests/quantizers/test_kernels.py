@@ -14,7 +14,8 @@ from quantizers.weights import QuantizedScheme, QuantizedWeight
 
 CPU = torch.device("cpu")
 INTEGER = [f"w{b}{g}{z}" for b, g, z in product("2348", ("", "g32", "g64", "g128"), ("", "z", "m"))]
-FORMATS = [*INTEGER, "w8a8", "int8", "nf4", "fp4"]
+INT8_TOKENS = [f"w{b}{g}{z}a8" for b, g, z in product("2348", ("", "g64"), ("", "z"))]
+FORMATS = [*INTEGER, *INT8_TOKENS, "int8", "nf4", "fp4"]
 SHAPES = [(64, 256), (48, 128), (10, 128), (8192, 1024)]  # rows by 32, by 16, by neither; one as large as an output matrix
 # Relative error, Frobenius: weights, scales and the result rounded to bf16 (2^-9 each); or to fp32, where bitsandbytes writes 1/127^2
 # with its last digits wrong by 1.8e-5.
@@ -43,13 +44,25 @@ def run(kernel: type[Kernel], kind: LayerKind, weight: QuantizedWeight, x: torch
     return instance.run(x, buffers, bias)
 
 
-@pytest.mark.parametrize("slug", [slug for slug in FORMATS if slug not in ("w8a8", "int8")])
+@pytest.mark.parametrize("slug", [slug for slug in FORMATS if slug not in ("int8", *INT8_TOKENS)])
 def test_the_reference_multiplies_by_the_dequantized_weight(slug: str) -> None:
     scheme, weight = quantized(slug, (10, 128))
     x, bias = torch.randn(2, 3, 128), torch.randn(10)
     y = run(KERNELS["reference"], LayerKind(scheme, 10, 128, torch.float32, CPU), weight, x, bias)
     assert y.shape == (2, 3, 10)
     assert relative(y, x.double() @ weight.dequantize().double().T + bias) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("slug", INT8_TOKENS)
+def test_the_reference_multiplies_rounded_tokens_by_the_dequantized_weight(slug: str) -> None:
+    scheme, weight = quantized(slug, (10, 256))
+    x, bias = torch.randn(2, 3, 256), torch.randn(10)
+    x[0, 1] = 0
+    largest = x.double().abs().amax(-1, keepdim=True)
+    step = (largest / 127.5).clamp(min=1e-30)  # the token's largest magnitude lies at the end of 255 steps around zero
+    rounded = (x.double() / step).round().clamp(-128, 127) * step
+    y = run(KERNELS["reference"], LayerKind(scheme, 10, 256, torch.float32, CPU), weight, x, bias)
+    assert relative(y, rounded @ weight.dequantize().double().T + bias) < 1e-6
 
 
 CASES = [

@@ -29,6 +29,7 @@ WEIGHT_ONLY = [
     for zero in ("none", "integer", "minimum")
 ]
 W8A8 = IntegerScheme(weight_bits=8, activation_bits=8)
+INT8_TOKENS = [scheme.model_copy(update={"activation_bits": 8}) for scheme in WEIGHT_ONLY if scheme.slug != "w8"]
 # fp32 sums of a few hundred products, each exact to 2^-24.
 SUM_ERROR = 1e-5
 
@@ -78,7 +79,7 @@ def test_weight_only_is_the_dequantized_weight_times_the_rounded_input(scheme: I
     assert relative(kernel.run(x, buffers, None), expected) < SUM_ERROR
 
 
-@pytest.mark.parametrize("scheme", [*WEIGHT_ONLY, W8A8], ids=lambda scheme: scheme.slug)
+@pytest.mark.parametrize("scheme", [*WEIGHT_ONLY, *INT8_TOKENS, W8A8], ids=lambda scheme: scheme.slug)
 def test_results_do_not_depend_on_batch_threads_or_instruction_set(scheme: IntegerScheme) -> None:
     kernel, buffers, _ = layer(scheme, 50, 256)
     x = torch.randn(14, 256)
@@ -90,6 +91,23 @@ def test_results_do_not_depend_on_batch_threads_or_instruction_set(scheme: Integ
             torch.set_num_threads(threads)
             assert torch.equal(kernel.run(x, buffers, None), expected), (name, threads)
             assert torch.equal(torch.cat([kernel.run(row, buffers, None) for row in x.split(1)]), expected), (name, threads)
+
+
+@given(
+    rows=st.integers(1, 70),
+    tokens=st.integers(1, 20),
+    groups=st.integers(1, 5),
+    scheme=st.sampled_from(INT8_TOKENS),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=60, deadline=None)
+def test_int8_tokens_with_groups_are_the_reference(rows: int, tokens: int, groups: int, scheme: IntegerScheme, seed: int) -> None:
+    kernel, buffers, weight = layer(scheme, rows, (scheme.group_size or 32) * groups, seed)
+    assert kernel.name == "native-cpu-a8"
+    reference = KERNELS["reference"](kernel.layer)
+    x = torch.randn(tokens, kernel.layer.in_features, generator=torch.Generator().manual_seed(seed)) * 10.0 ** (seed % 7 - 3)
+    difference = kernel.run(x, buffers, None).double() - reference.run(x, reference.prepare(weight), None).double()
+    assert difference.abs().max() <= SUM_ERROR * x.norm() * weight.dequantize().norm()
 
 
 @given(rows=st.integers(1, 70), tokens=st.integers(1, 20), groups=st.integers(1, 5), seed=st.integers(0, 99))
@@ -162,7 +180,9 @@ def test_the_library_and_python_agree_on_bytes(scheme: IntegerScheme) -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize(
     "scheme",
-    [IntegerScheme(weight_bits=4, group_size=32, zero=zero) for zero in ("none", "integer", "minimum")] + [W8A8],
+    [IntegerScheme(weight_bits=4, group_size=32, zero=zero) for zero in ("none", "integer", "minimum")]
+    + [IntegerScheme(weight_bits=4, group_size=32, zero=zero, activation_bits=8) for zero in ("none", "integer", "minimum")]
+    + [W8A8],
     ids=lambda s: s.slug,
 )
 def test_what_is_not_finite_comes_out_as_nan_and_stays_in_its_row(scheme: IntegerScheme, bad: float) -> None:
@@ -180,7 +200,7 @@ def test_what_is_not_finite_comes_out_as_nan_and_stays_in_its_row(scheme: Intege
 
 @pytest.mark.parametrize("magnitude", [0.0, 1e-45, 1e-38, 1e30])
 def test_extreme_inputs_give_no_nan(magnitude: float) -> None:
-    for scheme in (IntegerScheme(weight_bits=4, group_size=32, zero="minimum"), IntegerScheme(weight_bits=8), W8A8):
+    for scheme in (IntegerScheme(weight_bits=4, group_size=32, zero="minimum"), IntegerScheme(weight_bits=8), *INT8_TOKENS[:3], W8A8):
         kernel, buffers, _ = layer(scheme, 20, 64)
         buffers = {"packed": buffers["packed"]}
         y = kernel.run(torch.full((3, 64), magnitude), buffers, None)
@@ -232,8 +252,7 @@ def test_dtype_shape_and_bias_are_the_layer_s(dtype: torch.dtype) -> None:
     ("scheme", "columns"),
     [
         (IntegerScheme(weight_bits=8), 48),  # not a multiple of 32
-        (IntegerScheme(weight_bits=8, group_size=32, activation_bits=8), 64),  # groups under 8-bit tokens: no such kernel
-        (IntegerScheme(weight_bits=4, activation_bits=8), 64),
+        (IntegerScheme(weight_bits=4, activation_bits=8), 80),
         (W8A8, 1 << 17),  # sums would leave 32 bits
     ],
 )

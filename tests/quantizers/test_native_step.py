@@ -29,7 +29,7 @@ from quantizers.linear import QuantizedLinear
 from quantizers.methods.rtn import quantize_nearest
 from quantizers.model import load_model
 from quantizers.recipe import parse_recipe
-from quantizers.scheme import HEAD8, IntegerScheme
+from quantizers.scheme import HEAD8, BnbScheme, IntegerScheme
 from quantizers.shared import SharedTensors
 
 pytestmark = pytest.mark.skipif(library.missing() is not None, reason=f"native kernels are {library.missing()}")
@@ -210,6 +210,7 @@ def test_chunks_threads_and_instruction_sets_change_no_bit(name: str, dtype: tor
         IntegerScheme(weight_bits=4, group_size=32, zero="minimum"),
         IntegerScheme(weight_bits=8),
         IntegerScheme(weight_bits=8, activation_bits=8),
+        IntegerScheme(weight_bits=4, group_size=64, zero="integer", activation_bits=8),
     ],
     ids=lambda scheme: scheme.slug if scheme else "bf16",
 )
@@ -337,8 +338,11 @@ def test_what_cannot_run_is_said() -> None:
     gelu = small("llama")
     gelu.config.hidden_act = "gelu"
     assert "gelu" in (NativeStep.supports(gelu) or "")
-    odd = quantized(small("llama", torch.bfloat16), IntegerScheme(weight_bits=8, group_size=32, activation_bits=8))
-    assert "w8g32a8" in (NativeStep.supports(odd) or "")
+    odd = small("llama", torch.bfloat16)
+    odd.model.layers[1].mlp.up_proj = QuantizedLinear(
+        BnbScheme(format="int8"), 64, 96, bias=False, dtype=torch.bfloat16, device=torch.device("cpu")
+    )
+    assert "int8" in (NativeStep.supports(odd) or "")
     dynamic = small("llama")
     dynamic.model.rotary_emb.rope_type = "dynamic"
     assert "dynamic" in (NativeStep.supports(dynamic) or "")

@@ -17,6 +17,7 @@ from quantizers.scheme import BnbScheme, FloatScheme, IntegerScheme
 SLUGS = (
     *("fp32", "bf16", "fp16", "rtn-w8", "rtn-w4", "rtn-w3g64", "rtn-w2g32z", "rtn-w4g64", "rtn-w4g64z", "rtn-w4g32m"),
     *("rtn-w4g128-head8", "rtn-w8a8", "bnb-int8", "bnb-nf4", "bnb-fp4", "bnb-nf4-head8"),
+    *("rtn-w4g64a8", "gptq-w4g64za8", "smoothquant-w8g32a8", "rtn-w3ma8"),
     *("gptq.damping0.05.actorderoff.targetquantized-w4g64", "smoothquant.alphaauto-gptq.damping0.00001-w8a8", "awq.grid40.clipoff-w4g64z"),
     *("rtn-mix3.5g64z", "gptq-mix4g128-head8", "rtn-w3g64z-downproj.w4g64-layers.0.bf16-head8", "gptq-mix3.25g64-layers.29.mlp.w8g64"),
 )
@@ -38,7 +39,9 @@ def test_other_slugs_are_unknown(slug: str) -> None:
         parse_recipe(slug)
 
 
-@pytest.mark.parametrize("slug", ["rtn-nf4", "rtn-bf16", "rtn-w4g64a8", "rtn-w8g32a8", "bnb-w4g64", "rtn-rtn-w4g64", "rtn-bnb-nf4"])
+@pytest.mark.parametrize(
+    "slug", ["rtn-nf4", "rtn-bf16", "awq-w4g64a8", "smoothquant-w4g64", "bnb-w4g64a8", "bnb-w4g64", "rtn-rtn-w4g64", "rtn-bnb-nf4"]
+)
 def test_a_format_that_the_method_cannot_make_is_refused(slug: str) -> None:
     with pytest.raises(UnsupportedScheme):
         parse_recipe(slug)

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from quantizers.errors import InvalidInput
 
-ABI_VERSION = 1
-GROUPED, TOKEN, BF16, FP32 = range(4)  # Kind of layout.h
+ABI_VERSION = 2
+GROUPED, TOKEN, BF16, FP32, GROUPED_TOKEN = range(5)  # Kind of layout.h
 ZEROS = {"none": 0, "integer": 1, "minimum": 2}
 INPUTS = 32  # in_features are a multiple of it
 # Beyond it a sum of products of bytes would not fit 32 bits.

@@ -23,6 +23,7 @@ struct Activations {
     int columns = 0;
     QuantizedTokens grouped;  // groups of 32
     QuantizedTokens token;    // one group a token
+    QuantizedTokens token_groups;  // one scale a token, repeated for every 32 inputs, with sums of those
     uint16_t* bf16 = nullptr;     // [tokens][columns]
     const float* fp32 = nullptr;  // [tokens][columns]
 };

@@ -32,6 +32,7 @@ enum class Kind : int32_t {
     kToken = 1,    // 8-bit weights with one scale a row; the input is rounded to 8 bits with one scale a token
     kBf16 = 2,
     kFp32 = 3,
+    kGroupedToken = 4,  // integer weights as of kGrouped; the input is rounded to 8 bits with one scale a token
 };
 
 enum class Zero : int32_t { kNone = 0, kInteger = 1, kMinimum = 2 };

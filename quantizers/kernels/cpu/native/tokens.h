@@ -37,17 +37,18 @@ public:
         const size_t size = static_cast<size_t>(tokens * columns);
         if (needed(Kind::kGrouped)) view_.grouped = grouped_.reserve(tokens, columns, columns / kInputs);
         if (needed(Kind::kToken)) view_.token = token_.reserve(tokens, columns, 1);
+        if (needed(Kind::kGroupedToken)) view_.token_groups = token_groups_.reserve(tokens, columns, columns / kInputs);
         if (needed(Kind::kBf16)) view_.bf16 = bf16_.reserve(size);
         copies_ = needed(Kind::kFp32) && fp32 == nullptr;
         if (copies_) view_.fp32 = fp32_.reserve(size);
     }
     void fill(const Kernels& k, const float* x, int row) {
-        for (Kind kind : {Kind::kGrouped, Kind::kToken, Kind::kBf16})
+        for (Kind kind : {Kind::kGrouped, Kind::kToken, Kind::kGroupedToken, Kind::kBf16})
             if (needed(kind)) k.quantize_row(kind, x, view_, row);
         if (copies_) std::copy(x, x + view_.columns, fp32_.get() + int64_t{row} * view_.columns);
     }
     const Activations& view() const { return view_; }
-    size_t bytes() const { return grouped_.bytes() + token_.bytes() + bf16_.bytes() + fp32_.bytes(); }
+    size_t bytes() const { return grouped_.bytes() + token_.bytes() + token_groups_.bytes() + bf16_.bytes() + fp32_.bytes(); }
 
 private:
     bool needed(Kind kind) const { return kinds_ & bit(kind); }
@@ -55,7 +56,7 @@ private:
     Activations view_;
     unsigned kinds_ = 0;
     bool copies_ = false;
-    QuantizedBuffers grouped_, token_;
+    QuantizedBuffers grouped_, token_, token_groups_;
     Buffer<uint16_t> bf16_;
     Buffer<float> fp32_;
 };
