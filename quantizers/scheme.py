@@ -5,6 +5,7 @@ quantized too. How numbers are chosen is a method's matter (`quantizers.methods`
 """
 
 import re
+from decimal import Decimal
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -15,6 +16,10 @@ WeightBits = Literal[2, 3, 4, 8]
 GROUP_SIZES = (32, 64, 128)
 SCALE_BITS = 16  # scales and minimums are fp16: 11 bits of significand, far below the step of the widest integer format
 ZERO_POINT_BITS = 8  # one byte a group, whatever the width
+BNB_BLOCK = 64  # weights that share an absmax
+BNB_NESTED_BLOCK = 256  # absmax that share one, with double quantization
+OUTLIER_THRESHOLD = 6.0  # Dettmers et al. 2022, arXiv 2208.07339, section 3.2
+MAX_OUTLIER_THRESHOLD = 1e4  # beyond it no activation of a working model lies, so it would be threshold 0 under another name
 _ZERO_SLUGS = {"none": "", "integer": "z", "minimum": "m"}
 
 
@@ -90,29 +95,42 @@ class IntegerScheme(_Frozen):
 class BnbScheme(_Frozen):
     """A format of bitsandbytes: LLM.int8() (rows, outlier columns of the input apart) or 16 codes in blocks of 64 with fp32 absmax.
 
-    outlier_threshold (int8 only): columns of the input with a magnitude of at least this are multiplied in floating point; 0: none are.
+    outlier_threshold (int8 only): columns of the input with a magnitude of at least this are multiplied in floating point; 0: none are,
+    which is naive int8. In a slug `int8t3.5`; `int8` alone has LLM.int8()'s own, 6.
+    double_quant (nf4 and fp4 only, `dq`): the absmax of the blocks are themselves 8-bit codes, in blocks of 256 around their mean.
     """
 
     kind: Literal["bnb"] = "bnb"
     format: Literal["int8", "nf4", "fp4"]
-    outlier_threshold: float = Field(default=6.0, ge=0, allow_inf_nan=False)
+    outlier_threshold: float = Field(default=OUTLIER_THRESHOLD, ge=0, le=MAX_OUTLIER_THRESHOLD, allow_inf_nan=False)
+    double_quant: bool = False
 
     @model_validator(mode="after")
-    def _threshold_has_an_effect(self) -> "BnbScheme":
-        if self.format != "int8" and self.outlier_threshold != 6.0:
+    def _options_have_an_effect(self) -> "BnbScheme":
+        if self.format != "int8" and self.outlier_threshold != OUTLIER_THRESHOLD:
             raise ValueError(f"outlier_threshold belongs to int8; {self.format} quantizes weights only, so leave it out")
+        if self.format == "int8" and self.double_quant:
+            raise ValueError("double_quant belongs to nf4 and fp4; int8 has one absmax a row, so leave it out")
         return self
 
     @property
     def slug(self) -> str:
-        return self.format
+        threshold = "" if self.outlier_threshold == OUTLIER_THRESHOLD else f"t{Decimal(repr(self.outlier_threshold)).normalize():f}"
+        return f"{self.format}{threshold}{'dq' if self.double_quant else ''}"
+
+    @property
+    def activation_bits(self) -> Literal[8] | None:
+        """Of the inputs that are no outliers."""
+        return 8 if self.format == "int8" else None
 
     @property
     def weight_bits(self) -> int:
         return 8 if self.format == "int8" else 4
 
     def bits_per_weight(self, in_features: int) -> float:
-        return 8 + 32 / in_features if self.format == "int8" else 4 + 32 / 64
+        if self.format == "int8":
+            return 8 + 32 / in_features
+        return 4 + (8 + 32 / BNB_NESTED_BLOCK if self.double_quant else 32) / BNB_BLOCK
 
 
 class MixedScheme(_Frozen):
@@ -163,10 +181,18 @@ Scheme = Annotated[FloatScheme | IntegerScheme | BnbScheme | MixedScheme, Field(
 HEAD8 = IntegerScheme(weight_bits=8, group_size=32)  # the output matrix of a recipe that ends in `-head8`
 
 _INTEGER = re.compile(r"w(?P<bits>[2348])(?:g(?P<group>[0-9]{1,4}))?(?P<zero>[zm])?(?:a(?P<act>8))?")
-
-
+_BNB = re.compile(r"(?P<int8>int8)(?:t(?P<threshold>[0-9]{1,5}(?:\.[0-9]{1,4})?))?|(?P<four>nf4|fp4)(?P<dq>dq)?")
 _MIXED = re.compile(r"mix(?P<bits>[0-9](?:\.[0-9]{1,4})?)g(?P<group>[0-9]{1,4})(?P<zero>[zm])?")
 _ZEROS = {slug or None: zero for zero, slug in _ZERO_SLUGS.items()}
+
+
+def _bnb(slug: str, match: re.Match[str]) -> BnbScheme:
+    if match["four"]:
+        return BnbScheme(format=match["four"], double_quant=match["dq"] is not None)
+    threshold = OUTLIER_THRESHOLD if match["threshold"] is None else float(match["threshold"])
+    if threshold > MAX_OUTLIER_THRESHOLD:
+        raise UnknownRecipe(f"{slug!r}: an outlier threshold is at most {MAX_OUTLIER_THRESHOLD:g}; int8t0 leaves outliers in int8")
+    return BnbScheme(format="int8", outlier_threshold=threshold)
 
 
 def parse_scheme(slug: str) -> FloatScheme | IntegerScheme | BnbScheme | MixedScheme:
@@ -178,13 +204,14 @@ def parse_scheme(slug: str) -> FloatScheme | IntegerScheme | BnbScheme | MixedSc
             raise UnknownRecipe(f"{slug!r}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from error
     if slug in ("fp32", "bf16", "fp16"):
         return FloatScheme(dtype=slug)
-    if slug in ("int8", "nf4", "fp4"):
-        return BnbScheme(format=slug)
+    if bnb := _BNB.fullmatch(slug):
+        return _bnb(slug, bnb)
     match = _INTEGER.fullmatch(slug)
     group = int(match["group"]) if match and match["group"] else None
     if match is None or (group is not None and group not in GROUP_SIZES):
         raise UnknownRecipe(
-            f"{slug!r} is not a number format: use fp32, bf16, fp16, int8, nf4, fp4, w<bits>[g<group>][z|m][a8] with 2, 3, 4 or 8 bits "
+            f"{slug!r} is not a number format: use fp32, bf16, fp16, int8[t<threshold>], nf4[dq], fp4[dq], "
+            "w<bits>[g<group>][z|m][a8] with 2, 3, 4 or 8 bits "
             f"and groups of {', '.join(map(str, GROUP_SIZES))}, or mix<bits>g<group>[z|m] with a budget of bits a weight"
         )
     return IntegerScheme(

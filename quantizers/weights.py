@@ -10,7 +10,10 @@ number of groups of a row; a per-channel format has one.
     bnb int8  codes      int8  [out, in]
               absmax     fp32  [out]                     w = codes * absmax / 127
     bnb 4 bit codes      uint8 [ceil(out * in / 2)]      row-major codes of the flattened matrix, the first in the high nibble
-              absmax     fp32  [ceil(out * in / 64)]     w = table[code] * absmax
+              absmax     fp32  [blocks]                  w = table[code] * absmax; blocks = ceil(out * in / 64)
+         dq   absmax     uint8 [blocks]                  instead: absmax = dynamic_map[code] * nested_absmax + nested_offset
+              nested_absmax fp32 [ceil(blocks / 256)]
+              nested_offset fp32 [1]                     the mean of all absmax
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,12 +25,11 @@ from torch import Tensor
 
 from quantizers.errors import CorruptData
 from quantizers.packing import packed_width, unpack
-from quantizers.scheme import BnbScheme, IntegerScheme
+from quantizers.scheme import BNB_BLOCK, BNB_NESTED_BLOCK, BnbScheme, IntegerScheme
 
 QuantizedScheme = IntegerScheme | BnbScheme
 Spec = tuple[tuple[int, ...], torch.dtype]
 
-BNB_BLOCK = 64
 # Dettmers et al. 2023, QLoRA (arXiv 2305.14314), appendix E: the quantiles of a normal distribution, by code.
 NF4_TABLE = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
@@ -99,7 +101,15 @@ def tensor_specs(scheme: QuantizedScheme, out_features: int, in_features: int) -
         if scheme.format == "int8":
             return {"codes": ((out_features, in_features), torch.int8), "absmax": ((out_features,), torch.float32)}
         size = out_features * in_features
-        return {"codes": ((-(-size // 2),), torch.uint8), "absmax": ((-(-size // BNB_BLOCK),), torch.float32)}
+        blocks = -(-size // BNB_BLOCK)
+        codes: dict[str, Spec] = {"codes": ((-(-size // 2),), torch.uint8)}
+        if not scheme.double_quant:
+            return codes | {"absmax": ((blocks,), torch.float32)}
+        nested: dict[str, Spec] = {
+            "nested_absmax": ((-(-blocks // BNB_NESTED_BLOCK),), torch.float32),
+            "nested_offset": ((1,), torch.float32),
+        }
+        return codes | {"absmax": ((blocks,), torch.uint8)} | nested
     per_group = (out_features, groups(scheme, in_features))
     width = packed_width(in_features, scheme.weight_bits)
     specs: dict[str, Spec] = {
@@ -122,12 +132,12 @@ def dequantize(scheme: QuantizedScheme, out_features: int, in_features: int, ten
     """fp32 [out_features, in_features]: the weights that the codes stand for."""
     if isinstance(scheme, IntegerScheme):
         return integer_values(scheme, out_features, in_features, tensors, torch.float32)
-    codes, absmax = tensors["codes"], tensors["absmax"]
+    codes = tensors["codes"]
     if scheme.format == "int8":
-        return codes.float() * (absmax / 127).unsqueeze(-1)
+        return codes.float() * (tensors["absmax"] / 127).unsqueeze(-1)
     size = out_features * in_features
     values = table(scheme.format, codes.device)[torch.stack((codes >> 4, codes & 0xF), -1).view(-1).int()][:size]
-    blocks = torch.nn.functional.pad(values, (0, -size % BNB_BLOCK)).view(-1, BNB_BLOCK) * absmax.unsqueeze(-1)
+    blocks = torch.nn.functional.pad(values, (0, -size % BNB_BLOCK)).view(-1, BNB_BLOCK) * block_absmax(scheme, tensors).unsqueeze(-1)
     return blocks.view(-1)[:size].view(out_features, in_features)
 
 
@@ -143,6 +153,31 @@ def integer_values(scheme: IntegerScheme, out_features: int, in_features: int, t
     if scheme.zero == "minimum":
         grouped = grouped + tensors["minimum"].to(dtype).unsqueeze(-1)
     return grouped.view(out_features, in_features)
+
+
+def block_absmax(scheme: BnbScheme, tensors: Mapping[str, Tensor]) -> Tensor:
+    """fp32 [blocks] of a weight in nf4 or fp4, with double quantization undone."""
+    absmax = tensors["absmax"]
+    if not scheme.double_quant:
+        return absmax
+    values = dynamic_map(absmax.device)[absmax.int()]
+    nested = torch.nn.functional.pad(values, (0, -len(values) % BNB_NESTED_BLOCK)).view(-1, BNB_NESTED_BLOCK)
+    scaled = nested * tensors["nested_absmax"].unsqueeze(-1)
+    return scaled.view(-1)[: len(values)] + tensors["nested_offset"]
+
+
+@cache
+def dynamic_map(device: torch.device) -> Tensor:
+    """fp32 [256], rising: the signed dynamic type of Dettmers et al. 2022 (8-bit optimizers, arXiv 2110.02861, section 2.1).
+
+    Seven decades below 1; decade 10^-e is cut into 2^(6 - e) equal parts between a tenth of it and itself, whose middles are the values.
+    """
+    values = [0.0, 1.0]
+    for exponent in range(7):
+        edges = torch.linspace(0.1, 1, 2 ** (6 - exponent) + 1, dtype=torch.float32)
+        middles = 10.0**-exponent * ((edges[:-1] + edges[1:]) / 2)
+        values += [*middles.tolist(), *(-middles).tolist()]
+    return torch.tensor(sorted(values), dtype=torch.float32, device=device)
 
 
 @cache

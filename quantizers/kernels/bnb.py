@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from quantizers.kernels.base import Kernel, LayerKind
-from quantizers.scheme import BnbScheme
-from quantizers.weights import BNB_BLOCK, QuantizedWeight, Spec, table
+from quantizers.scheme import BNB_BLOCK, BnbScheme
+from quantizers.weights import QuantizedWeight, Spec, block_absmax, table
 
 _PACKED_ROWS = 32  # bitsandbytes' CPU layout interleaves rows by thirty-two
 
@@ -49,11 +49,16 @@ class Bnb4BitCpu(Kernel):
         rows, columns = self.layer.out_features, self.layer.in_features
         return {"packed": ((rows, columns // 2), torch.uint8), "absmax": ((columns // BNB_BLOCK, rows), torch.bfloat16)}
 
+    @property
+    def _scheme(self) -> BnbScheme:
+        assert isinstance(self.layer.scheme, BnbScheme)
+        return self.layer.scheme
+
     def prepare(self, weight: QuantizedWeight) -> dict[str, Tensor]:
         state = SimpleNamespace(
             shape=(self.layer.out_features, self.layer.in_features),
             blocksize=BNB_BLOCK,
-            absmax=weight.tensors["absmax"],
+            absmax=block_absmax(self._scheme, weight.tensors),
             dtype=torch.bfloat16,
             nested=False,
         )
@@ -61,8 +66,7 @@ class Bnb4BitCpu(Kernel):
         return {"packed": packed, "absmax": state.absmax}
 
     def run(self, x: Tensor, buffers: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
-        assert isinstance(self.layer.scheme, BnbScheme)
-        codebook = table(self.layer.scheme.format, x.device)  # bitsandbytes tells the formats apart by its second entry
+        codebook = table(self._scheme.format, x.device)  # bitsandbytes tells the formats apart by its second entry
         shape = (self.layer.out_features, self.layer.in_features)
         if x.numel() == 0:
             return x.new_empty(*x.shape[:-1], self.layer.out_features)

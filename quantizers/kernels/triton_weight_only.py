@@ -12,8 +12,8 @@ from quantizers.kernels import cuda
 from quantizers.kernels.base import Kernel, LayerKind
 from quantizers.kernels.cuda import layout
 from quantizers.packing import unpack
-from quantizers.scheme import BnbScheme, IntegerScheme
-from quantizers.weights import BNB_BLOCK, QuantizedWeight, Spec, groups, is_plain_int8, table
+from quantizers.scheme import BNB_BLOCK, BnbScheme, IntegerScheme
+from quantizers.weights import QuantizedWeight, Spec, block_absmax, groups, is_plain_int8, table
 
 _DTYPES = (torch.bfloat16, torch.float16)
 _WIDTHS = (2, 3, 4, 8)
@@ -92,6 +92,11 @@ class TritonCodeBook(Kernel):
         known = isinstance(layer.scheme, BnbScheme) and layer.scheme.format in ("nf4", "fp4")
         return known and layer.in_features % BNB_BLOCK == 0 and _runs(layer)
 
+    @property
+    def _scheme(self) -> BnbScheme:
+        assert isinstance(self.layer.scheme, BnbScheme)
+        return self.layer.scheme
+
     def specs(self) -> dict[str, Spec]:
         rows, columns = self.layer.out_features, self.layer.in_features
         return _code_specs(rows, columns, 4) | {"absmax": ((columns // BNB_BLOCK, rows), torch.float32)}
@@ -100,7 +105,7 @@ class TritonCodeBook(Kernel):
         rows, columns = self.layer.out_features, self.layer.in_features
         packed = weight.tensors["codes"]
         codes = torch.stack((packed >> 4, packed & 0xF), -1).view(rows, columns)
-        absmax = weight.tensors["absmax"].view(rows, columns // BNB_BLOCK).T.contiguous()
+        absmax = block_absmax(self._scheme, weight.tensors).view(rows, columns // BNB_BLOCK).T.contiguous()
         return layout.interleave(codes, 4) | {"absmax": absmax}
 
     def run(self, x: Tensor, buffers: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
@@ -113,7 +118,7 @@ class TritonCodeBook(Kernel):
             low=buffers["low"],
             high=None,
             scale=buffers["absmax"],
-            zero=table(self.layer.scheme.slug, x.device),
+            zero=table(self._scheme.format, x.device),
         )
         return _product(x, prepared, bias)
 

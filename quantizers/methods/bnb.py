@@ -1,6 +1,8 @@
 """The formats of bitsandbytes: LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339), NF4 and FP4 (QLoRA, 2023, arXiv 2305.14314).
 
-Blocks of 64 with one fp32 absmax each, no double quantization: 4.5 bits a weight.
+Four bits in blocks of 64 with one fp32 absmax each, 4.5 bits a weight; or, with double quantization (QLoRA, section 3), an absmax of 8
+bits, 4.127 bits a weight. LLM.int8() takes the columns of the input that hold outliers out of the int8 product while it runs; naive int8 is
+the same with a threshold of 0.
 """
 
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -20,11 +22,13 @@ class Bnb(Method):
     """bitsandbytes."""
 
     name: Literal["bnb"] = "bnb"
-    summary: ClassVar[str] = "The int8, nf4 and fp4 formats of bitsandbytes; no data, seconds."
+    summary: ClassVar[str] = "LLM.int8() and the 4-bit code books nf4 and fp4 of bitsandbytes; no data, seconds."
 
     def check(self, scheme: FloatScheme | IntegerScheme | BnbScheme) -> None:
         if not isinstance(scheme, BnbScheme):
-            raise UnsupportedScheme(f"bnb makes the formats int8, nf4 and fp4, not {scheme.slug}: use rtn for it", param="model")
+            raise UnsupportedScheme(
+                f"bnb makes the formats int8, int8t<threshold>, nf4, fp4, nf4dq and fp4dq, not {scheme.slug}: use rtn for it", param="model"
+            )
 
     def apply(self, block: "Block") -> None:
         for name, scheme in block.schemes.items():
@@ -37,7 +41,8 @@ def quantize_bnb(weight: "Tensor", scheme: BnbScheme, *, layer: str) -> "Quantiz
     import torch
 
     from quantizers.kernels.bnb import functional
-    from quantizers.weights import BNB_BLOCK, QuantizedWeight
+    from quantizers.scheme import BNB_BLOCK
+    from quantizers.weights import QuantizedWeight
 
     if not bool(torch.isfinite(weight).all()):
         raise QuantizationFailed("its weights hold NaN or infinity: the checkpoint is damaged", layer=layer)
@@ -47,6 +52,10 @@ def quantize_bnb(weight: "Tensor", scheme: BnbScheme, *, layer: str) -> "Quantiz
         codes[absmax == 0] = 0  # bitsandbytes divides zero by zero there, and casts the NaN to an integer
         tensors = {"codes": codes, "absmax": absmax}
     else:
-        packed, state = functional().quantize_4bit(values, blocksize=BNB_BLOCK, quant_type=scheme.format)
+        packed, state = functional().quantize_4bit(
+            values, blocksize=BNB_BLOCK, quant_type=scheme.format, compress_statistics=scheme.double_quant
+        )
         tensors = {"codes": packed.view(-1), "absmax": state.absmax}
+        if scheme.double_quant:
+            tensors |= {"nested_absmax": state.state2.absmax, "nested_offset": state.offset.view(1)}
     return QuantizedWeight(scheme, weight.shape[0], weight.shape[1], tensors)

@@ -15,7 +15,8 @@ from quantizers.weights import QuantizedScheme, QuantizedWeight
 CPU = torch.device("cpu")
 INTEGER = [f"w{b}{g}{z}" for b, g, z in product("2348", ("", "g32", "g64", "g128"), ("", "z", "m"))]
 INT8_TOKENS = [f"w{b}{g}{z}a8" for b, g, z in product("2348", ("", "g64"), ("", "z"))]
-FORMATS = [*INTEGER, *INT8_TOKENS, "int8", "nf4", "fp4"]
+INT8 = ("int8", "int8t0", "int8t3")
+FORMATS = [*INTEGER, *INT8_TOKENS, *INT8, "nf4", "fp4", "nf4dq", "fp4dq"]
 SHAPES = [(64, 256), (48, 128), (10, 128), (8192, 1024)]  # rows by 32, by 16, by neither; one as large as an output matrix
 # Relative error, Frobenius: weights, scales and the result rounded to bf16 (2^-9 each); or to fp32, where bitsandbytes writes 1/127^2
 # with its last digits wrong by 1.8e-5.
@@ -44,7 +45,7 @@ def run(kernel: type[Kernel], kind: LayerKind, weight: QuantizedWeight, x: torch
     return instance.run(x, buffers, bias)
 
 
-@pytest.mark.parametrize("slug", [slug for slug in FORMATS if slug not in ("int8", *INT8_TOKENS)])
+@pytest.mark.parametrize("slug", [slug for slug in FORMATS if slug not in (*INT8, *INT8_TOKENS)])
 def test_the_reference_multiplies_by_the_dequantized_weight(slug: str) -> None:
     scheme, weight = quantized(slug, (10, 128))
     x, bias = torch.randn(2, 3, 128), torch.randn(10)
@@ -99,7 +100,7 @@ def test_the_highest_rank_that_supports_a_layer_runs_it() -> None:
         assert select(kind).rank == max(kernel.rank for kernel in able)
 
 
-@pytest.mark.parametrize(("name", "slug", "shape", "dtype"), [case for case in CASES if case[1] != "int8" and case[2] == (64, 256)])
+@pytest.mark.parametrize(("name", "slug", "shape", "dtype"), [case for case in CASES if case[1] not in INT8 and case[2] == (64, 256)])
 def test_a_token_alone_is_the_same_token_among_others(name: str, slug: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
     """One kernel at every number of tokens. LLM.int8() is left out: an outlier column concerns the whole batch there."""
     scheme, weight = quantized(slug, shape)
