@@ -14,7 +14,7 @@ from torch import Tensor
 from quantizers.errors import QuantizationFailed
 from quantizers.finite import all_finite
 from quantizers.packing import pack
-from quantizers.scheme import GROUP_SIZES, IntegerScheme
+from quantizers.scheme import GROUP_SIZES, IntegerScheme, MinifloatScheme
 from quantizers.weights import QuantizedWeight, fits, is_plain_int8
 
 _SMALLEST_FP16 = 2.0**-24
@@ -86,8 +86,14 @@ def as_groups(weight: Tensor, scheme: IntegerScheme, layer: str) -> Tensor:
     return weight.float().view(out_features, -1, scheme.group_size or in_features)
 
 
-def check_groups_fit(scheme: IntegerScheme, in_features: int, layer: str) -> None:
+def check_groups_fit(scheme: IntegerScheme | MinifloatScheme, in_features: int, layer: str) -> None:
     """Raises QuantizationFailed naming `layer` where its inputs cannot be cut into the scheme's groups."""
+    if isinstance(scheme, MinifloatScheme) and not fits(scheme, in_features):
+        raise QuantizationFailed(
+            f"its {in_features} inputs are not a multiple of the {scheme.group_size} that share a scale in {scheme.slug}: choose fp8 or an "
+            "integer format per channel",
+            layer=layer,
+        )
     if not fits(scheme, in_features):
         choices = [f"g{size}" for size in GROUP_SIZES if in_features % size == 0]
         raise QuantizationFailed(

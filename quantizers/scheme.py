@@ -18,6 +18,8 @@ SCALE_BITS = 16  # scales and minimums are fp16: 11 bits of significand, far bel
 ZERO_POINT_BITS = 8  # one byte a group, whatever the width
 BNB_BLOCK = 64  # weights that share an absmax
 BNB_NESTED_BLOCK = 256  # absmax that share one, with double quantization
+MXFP4_BLOCK = 32  # OCP Microscaling Formats v1.0, section 5.2
+NVFP4_BLOCK = 16
 OUTLIER_THRESHOLD = 6.0  # Dettmers et al. 2022, arXiv 2208.07339, section 3.2
 MAX_OUTLIER_THRESHOLD = 1e4  # beyond it no activation of a working model lies, so it would be threshold 0 under another name
 _ZERO_SLUGS = {"none": "", "integer": "z", "minimum": "m"}
@@ -133,6 +135,36 @@ class BnbScheme(_Frozen):
         return 4 + (8 + 32 / BNB_NESTED_BLOCK if self.double_quant else 32) / BNB_BLOCK
 
 
+class MinifloatScheme(_Frozen):
+    """Floats of 8 or 4 bits. `fp8`: e4m3 with one fp32 scale a row, and the input in e4m3 with one scale a token.
+
+    `mxfp4`: e2m1 in blocks of 32 that share a power of two (e8m0), as OCP MX v1.0 defines it. `nvfp4`: e2m1 in blocks of 16 with an e4m3
+    scale each and one fp32 scale a matrix. Both leave the input alone. The bits are drawn in `quantizers.minifloat`.
+    """
+
+    kind: Literal["minifloat"] = "minifloat"
+    format: Literal["fp8", "mxfp4", "nvfp4"]
+
+    @property
+    def slug(self) -> str:
+        return self.format
+
+    @property
+    def weight_bits(self) -> int:
+        return 8 if self.format == "fp8" else 4
+
+    @property
+    def group_size(self) -> int | None:
+        return {"fp8": None, "mxfp4": MXFP4_BLOCK, "nvfp4": NVFP4_BLOCK}[self.format]
+
+    @property
+    def activation_bits(self) -> Literal[8] | None:
+        return 8 if self.format == "fp8" else None
+
+    def bits_per_weight(self, in_features: int) -> float:
+        return self.weight_bits + (32 / in_features if self.group_size is None else 8 / self.group_size)
+
+
 class MixedScheme(_Frozen):
     """Integers of a width that each group of layers is given by what it gains: `bits` stored bits a weight over all quantized layers.
 
@@ -176,7 +208,8 @@ class MixedScheme(_Frozen):
         return self.bits
 
 
-Scheme = Annotated[FloatScheme | IntegerScheme | BnbScheme | MixedScheme, Field(discriminator="kind")]
+LayerScheme = FloatScheme | IntegerScheme | BnbScheme | MinifloatScheme  # what one layer can be in
+Scheme = Annotated[LayerScheme | MixedScheme, Field(discriminator="kind")]
 
 HEAD8 = IntegerScheme(weight_bits=8, group_size=32)  # the output matrix of a recipe that ends in `-head8`
 
@@ -195,7 +228,7 @@ def _bnb(slug: str, match: re.Match[str]) -> BnbScheme:
     return BnbScheme(format="int8", outlier_threshold=threshold)
 
 
-def parse_scheme(slug: str) -> FloatScheme | IntegerScheme | BnbScheme | MixedScheme:
+def parse_scheme(slug: str) -> LayerScheme | MixedScheme:
     """The scheme that `slug` names. Raises UnknownRecipe."""
     if (mixed := _MIXED.fullmatch(slug)) and int(mixed["group"]) in GROUP_SIZES:
         try:
@@ -204,13 +237,15 @@ def parse_scheme(slug: str) -> FloatScheme | IntegerScheme | BnbScheme | MixedSc
             raise UnknownRecipe(f"{slug!r}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from error
     if slug in ("fp32", "bf16", "fp16"):
         return FloatScheme(dtype=slug)
+    if slug in ("fp8", "mxfp4", "nvfp4"):
+        return MinifloatScheme(format=slug)
     if bnb := _BNB.fullmatch(slug):
         return _bnb(slug, bnb)
     match = _INTEGER.fullmatch(slug)
     group = int(match["group"]) if match and match["group"] else None
     if match is None or (group is not None and group not in GROUP_SIZES):
         raise UnknownRecipe(
-            f"{slug!r} is not a number format: use fp32, bf16, fp16, int8[t<threshold>], nf4[dq], fp4[dq], "
+            f"{slug!r} is not a number format: use fp32, bf16, fp16, fp8, mxfp4, nvfp4, int8[t<threshold>], nf4[dq], fp4[dq], "
             "w<bits>[g<group>][z|m][a8] with 2, 3, 4 or 8 bits "
             f"and groups of {', '.join(map(str, GROUP_SIZES))}, or mix<bits>g<group>[z|m] with a budget of bits a weight"
         )

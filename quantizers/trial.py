@@ -15,7 +15,7 @@ from quantizers.flow import CHUNK_TOKENS, Call, Chunk, Streams
 from quantizers.grid import check_groups_fit
 from quantizers.memory import memory_for
 from quantizers.methods.base import Method, Stream
-from quantizers.scheme import IntegerScheme, MixedScheme
+from quantizers.scheme import IntegerScheme, MinifloatScheme, MixedScheme
 from quantizers.weights import QuantizedScheme
 
 
@@ -23,7 +23,7 @@ def check_formats(layers: Mapping[str, QuantizedScheme | MixedScheme], shapes: M
     """Raises QuantizationFailed naming the first of `layers` whose inputs its groups do not divide; `shapes` are (out, in)."""
     for name, scheme in layers.items():
         for each in scheme.choices if isinstance(scheme, MixedScheme) else (scheme,):
-            if isinstance(each, IntegerScheme):
+            if isinstance(each, IntegerScheme | MinifloatScheme):
                 check_groups_fit(each, shapes[name][1], name)
 
 

@@ -14,6 +14,13 @@ number of groups of a row; a per-channel format has one.
          dq   absmax     uint8 [blocks]                  instead: absmax = dynamic_map[code] * nested_absmax + nested_offset
               nested_absmax fp32 [ceil(blocks / 256)]
               nested_offset fp32 [1]                     the mean of all absmax
+    fp8       codes      uint8 [out, in]                 e4m3
+              scale      fp32  [out, 1]                  w = codes * scale
+    mxfp4     codes      uint8 [out, in / 2]             e2m1, two a byte
+              scale      uint8 [out, in / 32]            e8m0; w = codes * scale
+    nvfp4     codes      uint8 [out, in / 2]             e2m1, two a byte
+              scale      uint8 [out, in / 16]            e4m3
+              global_scale fp32 [1]                      w = codes * scale / global_scale
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,10 +31,11 @@ import torch
 from torch import Tensor
 
 from quantizers.errors import CorruptData
+from quantizers.minifloat import decode, holds_nan
 from quantizers.packing import packed_width, unpack
-from quantizers.scheme import BNB_BLOCK, BNB_NESTED_BLOCK, BnbScheme, IntegerScheme
+from quantizers.scheme import BNB_BLOCK, BNB_NESTED_BLOCK, BnbScheme, IntegerScheme, MinifloatScheme
 
-QuantizedScheme = IntegerScheme | BnbScheme
+QuantizedScheme = IntegerScheme | BnbScheme | MinifloatScheme
 Spec = tuple[tuple[int, ...], torch.dtype]
 
 # Dettmers et al. 2023, QLoRA (arXiv 2305.14314), appendix E: the quantiles of a normal distribution, by code.
@@ -63,6 +71,8 @@ class QuantizedWeight:
                 )
             if found.is_floating_point() and not bool(torch.isfinite(found).all()):
                 raise CorruptData(f"{name} of a weight in {self.scheme.slug} holds values that are not finite")
+        if isinstance(self.scheme, MinifloatScheme) and holds_nan(self.scheme.format, self.tensors):
+            raise CorruptData(f"a weight in {self.scheme.slug} holds values that are not finite")
 
     @property
     def bytes(self) -> int:
@@ -92,7 +102,7 @@ def groups(scheme: IntegerScheme, in_features: int) -> int:
 
 def fits(scheme: QuantizedScheme, in_features: int) -> bool:
     """Whether rows of `in_features` can be cut into the scheme's groups."""
-    return not isinstance(scheme, IntegerScheme) or scheme.group_size is None or in_features % scheme.group_size == 0
+    return isinstance(scheme, BnbScheme) or scheme.group_size is None or in_features % scheme.group_size == 0
 
 
 def tensor_specs(scheme: QuantizedScheme, out_features: int, in_features: int) -> dict[str, Spec]:
@@ -110,6 +120,8 @@ def tensor_specs(scheme: QuantizedScheme, out_features: int, in_features: int) -
             "nested_offset": ((1,), torch.float32),
         }
         return codes | {"absmax": ((blocks,), torch.uint8)} | nested
+    if isinstance(scheme, MinifloatScheme):
+        return _minifloat_specs(scheme, out_features, in_features)
     per_group = (out_features, groups(scheme, in_features))
     width = packed_width(in_features, scheme.weight_bits)
     specs: dict[str, Spec] = {
@@ -123,6 +135,16 @@ def tensor_specs(scheme: QuantizedScheme, out_features: int, in_features: int) -
     return specs
 
 
+def _minifloat_specs(scheme: MinifloatScheme, out_features: int, in_features: int) -> dict[str, Spec]:
+    if scheme.group_size is None:
+        return {"codes": ((out_features, in_features), torch.uint8), "scale": ((out_features, 1), torch.float32)}
+    specs: dict[str, Spec] = {
+        "codes": ((out_features, packed_width(in_features, 4)), torch.uint8),
+        "scale": ((out_features, in_features // scheme.group_size), torch.uint8),
+    }
+    return specs | ({"global_scale": ((1,), torch.float32)} if scheme.format == "nvfp4" else {})
+
+
 def is_plain_int8(scheme: IntegerScheme) -> bool:
     """Symmetric bytes are stored in two's complement, as every int8 product reads them; all other codes count from 0."""
     return scheme.weight_bits == 8 and scheme.symmetric
@@ -132,6 +154,8 @@ def dequantize(scheme: QuantizedScheme, out_features: int, in_features: int, ten
     """fp32 [out_features, in_features]: the weights that the codes stand for."""
     if isinstance(scheme, IntegerScheme):
         return integer_values(scheme, out_features, in_features, tensors, torch.float32)
+    if isinstance(scheme, MinifloatScheme):
+        return decode(scheme.format, out_features, in_features, tensors)
     codes = tensors["codes"]
     if scheme.format == "int8":
         return codes.float() * (tensors["absmax"] / 127).unsqueeze(-1)

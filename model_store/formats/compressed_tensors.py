@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from quantizers.errors import UnsupportedScheme
-from quantizers.scheme import BnbScheme, IntegerScheme
+from quantizers.scheme import BnbScheme, IntegerScheme, MinifloatScheme
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +32,11 @@ def expressible(scheme: "QuantizedScheme", layer: str) -> IntegerScheme:
         raise UnsupportedScheme(
             f"{layer} is {scheme.slug}: {FORMAT} has no code table or outlier columns of bitsandbytes; export an integer format such as "
             "rtn-w4g64 or gptq-w4g64z",
+            param="variant",
+        )
+    if isinstance(scheme, MinifloatScheme):
+        raise UnsupportedScheme(
+            f"{layer} is {scheme.slug}: the export writes no float formats; choose an integer format such as rtn-w4g64 or rtn-w8a8",
             param="variant",
         )
     if scheme.zero == "minimum":

@@ -3,7 +3,8 @@
 Weight-only formats: the weight is dequantized in fp32, rounded to the input's dtype, and multiplied as torch multiplies. `a8`: int8
 codes of the tokens and codes of the weight are multiplied exactly, in fp64; what scales a whole row or token is applied in fp32.
 LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339, section 3.2): columns of the input that hold a magnitude of at least the
-threshold are multiplied in floating point, the others in int8.
+threshold are multiplied in floating point, the others in int8. fp8: tokens rounded to e4m3 and the weight's e4m3 numbers are multiplied
+exactly, in fp64, and scaled in fp32.
 """
 
 from collections.abc import Mapping
@@ -14,7 +15,8 @@ from torch.nn.functional import linear
 
 from quantizers.activations import quantize_tokens
 from quantizers.kernels.base import Kernel, LayerKind
-from quantizers.scheme import BnbScheme, IntegerScheme
+from quantizers.minifloat import e4m3_values, quantize_tokens_e4m3
+from quantizers.scheme import BnbScheme, IntegerScheme, MinifloatScheme
 from quantizers.weights import QuantizedWeight, Spec, dequantize, integer_values, is_plain_int8, tensor_specs
 
 
@@ -40,6 +42,8 @@ class Reference(Kernel):
                 if self.layer.scheme.format == "int8"
                 else self._dequantized(tokens, buffers)
             )
+        elif isinstance(self.layer.scheme, MinifloatScheme):
+            y = self._e4m3_tokens(tokens, buffers) if self.layer.scheme.format == "fp8" else self._dequantized(tokens, buffers)
         elif self.layer.scheme.activation_bits:
             y = self._int8_tokens(tokens, buffers)
         else:
@@ -58,6 +62,10 @@ class Reference(Kernel):
             weight = integer_values(self.layer.scheme, self.layer.out_features, self.layer.in_features, buffers, torch.float64)
             return (codes.double() @ weight.T).float() * scale
         return exact_int8_product(codes, buffers["codes"]) * scale * buffers["scale"].float().view(1, -1)
+
+    def _e4m3_tokens(self, tokens: Tensor, buffers: Mapping[str, Tensor]) -> Tensor:
+        numbers, scale = quantize_tokens_e4m3(tokens)
+        return (numbers.double() @ e4m3_values(buffers["codes"]).double().T).float() * scale * buffers["scale"].view(1, -1)
 
     def _llm_int8(self, tokens: Tensor, buffers: Mapping[str, Tensor], scheme: BnbScheme) -> Tensor:
         values, codes, absmax = tokens.float(), buffers["codes"], buffers["absmax"]

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from quantizers.errors import UnsupportedScheme
 from quantizers.methods.base import FP32_BYTES, LayerGroups, Method, Stream
-from quantizers.scheme import BnbScheme, FloatScheme, IntegerScheme
+from quantizers.scheme import IntegerScheme, LayerScheme
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,7 +42,7 @@ class Awq(Method):
     def streams(self) -> frozenset[Stream]:
         return frozenset(("full",))
 
-    def check(self, scheme: FloatScheme | IntegerScheme | BnbScheme) -> None:
+    def check(self, scheme: LayerScheme) -> None:
         if not isinstance(scheme, IntegerScheme) or scheme.activation_bits:
             raise UnsupportedScheme(f"awq makes weight-only integer formats such as w4g64z, not {scheme.slug}", param="model")
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from quantizers.scheme import BnbScheme, FloatScheme, IntegerScheme
+from quantizers.scheme import LayerScheme
 
 if TYPE_CHECKING:
     from quantizers.block import Block
@@ -42,7 +42,7 @@ class Method(BaseModel):
         """Which runs of the calibration tokens it looks at."""
         return frozenset()
 
-    def check(self, scheme: FloatScheme | IntegerScheme | BnbScheme) -> None:
+    def check(self, scheme: LayerScheme) -> None:
         """Raises UnsupportedScheme where this method cannot produce `scheme`."""
         raise NotImplementedError
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from quantizers.errors import QuantizationFailed, UnsupportedScheme
 from quantizers.methods.base import Method
-from quantizers.scheme import BnbScheme, FloatScheme, IntegerScheme
+from quantizers.scheme import BnbScheme, LayerScheme
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +24,7 @@ class Bnb(Method):
     name: Literal["bnb"] = "bnb"
     summary: ClassVar[str] = "LLM.int8() and the 4-bit code books nf4 and fp4 of bitsandbytes; no data, seconds."
 
-    def check(self, scheme: FloatScheme | IntegerScheme | BnbScheme) -> None:
+    def check(self, scheme: LayerScheme) -> None:
         if not isinstance(scheme, BnbScheme):
             raise UnsupportedScheme(
                 f"bnb makes the formats int8, int8t<threshold>, nf4, fp4, nf4dq and fp4dq, not {scheme.slug}: use rtn for it", param="model"

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from quantizers.errors import UnsupportedScheme
 from quantizers.methods.base import FP32_BYTES, LayerGroups, Method, Stream
-from quantizers.scheme import BnbScheme, FloatScheme, IntegerScheme
+from quantizers.scheme import IntegerScheme, LayerScheme
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,7 +47,7 @@ class Gptq(Method):
     def streams(self) -> frozenset[Stream]:
         return frozenset(("full", "quantized")) if self.target == "full" else frozenset(("quantized",))
 
-    def check(self, scheme: FloatScheme | IntegerScheme | BnbScheme) -> None:
+    def check(self, scheme: LayerScheme) -> None:
         if not isinstance(scheme, IntegerScheme):
             raise UnsupportedScheme(f"gptq makes integer formats such as w4g64, w3g64z, w4g64a8 or w8a8, not {scheme.slug}", param="model")
 

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from quantizers.errors import UnsupportedScheme
 from quantizers.methods.base import Method
-from quantizers.scheme import BnbScheme, FloatScheme, IntegerScheme
+from quantizers.scheme import IntegerScheme, LayerScheme
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,7 +49,7 @@ class Hqq(Method):
     balance: bool = True
     clip: bool = True
 
-    def check(self, scheme: FloatScheme | IntegerScheme | BnbScheme) -> None:
+    def check(self, scheme: LayerScheme) -> None:
         if not isinstance(scheme, IntegerScheme) or scheme.zero != "minimum" or scheme.activation_bits:
             raise UnsupportedScheme(
                 f"hqq makes weight-only integer formats with a real minimum such as w4g64m or w3g64m, not {scheme.slug}", param="model"

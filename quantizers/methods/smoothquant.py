@@ -11,7 +11,7 @@ from pydantic import Field
 
 from quantizers.errors import QuantizationFailed, UnsupportedScheme
 from quantizers.methods.base import Method, Stream
-from quantizers.scheme import BnbScheme, FloatScheme, IntegerScheme
+from quantizers.scheme import IntegerScheme, LayerScheme
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,7 +41,7 @@ class SmoothQuant(Method):
     def streams(self) -> frozenset[Stream]:
         return frozenset(("full",))
 
-    def check(self, scheme: FloatScheme | IntegerScheme | BnbScheme) -> None:
+    def check(self, scheme: LayerScheme) -> None:
         if not isinstance(scheme, IntegerScheme) or not scheme.activation_bits:
             raise UnsupportedScheme(f"smoothquant prepares 8-bit activations, and {scheme.slug} has none: use w8a8", param="model")
 

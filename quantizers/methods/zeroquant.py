@@ -8,7 +8,7 @@ from pydantic import Field
 
 from quantizers.errors import UnsupportedScheme
 from quantizers.methods.base import Method, Stream
-from quantizers.scheme import BnbScheme, FloatScheme, IntegerScheme
+from quantizers.scheme import IntegerScheme, LayerScheme
 
 if TYPE_CHECKING:
     from quantizers.block import Block
@@ -31,7 +31,7 @@ class ZeroQuant(Method):
     def streams(self) -> frozenset[Stream]:
         return frozenset(("full",))
 
-    def check(self, scheme: FloatScheme | IntegerScheme | BnbScheme) -> None:
+    def check(self, scheme: LayerScheme) -> None:
         if not isinstance(scheme, IntegerScheme) or not scheme.symmetric:
             raise UnsupportedScheme(
                 f"zeroquant makes symmetric integer formats such as w4g64a8, w8a8 or w4g64, not {scheme.slug}", param="model"

@@ -97,6 +97,7 @@ def _entry(services: Services, model: str, checkpoint: Checkpoint, key: VariantK
         "precision": key.precision,
         "method": _method(recipe),
         "scheme": recipe.scheme.model_dump(mode="json"),
+        "activation_bits": getattr(recipe.scheme, "activation_bits", None),
         "bytes": stored,
         "report": None if artifact is None else artifact.report,
         **_residency(services.engine.residents().get(key)),

@@ -8,15 +8,16 @@ import torch
 from quantizers.kernels import KERNELS, Kernel, LayerKind, select
 from quantizers.kernels.reference import exact_int8_product
 from quantizers.methods.bnb import quantize_bnb
-from quantizers.methods.rtn import quantize_nearest
-from quantizers.scheme import IntegerScheme, parse_scheme
+from quantizers.methods.rtn import quantize_minifloat, quantize_nearest
+from quantizers.scheme import IntegerScheme, MinifloatScheme, parse_scheme
 from quantizers.weights import QuantizedScheme, QuantizedWeight
 
 CPU = torch.device("cpu")
 INTEGER = [f"w{b}{g}{z}" for b, g, z in product("2348", ("", "g32", "g64", "g128"), ("", "z", "m"))]
 INT8_TOKENS = [f"w{b}{g}{z}a8" for b, g, z in product("2348", ("", "g64"), ("", "z"))]
 INT8 = ("int8", "int8t0", "int8t3")
-FORMATS = [*INTEGER, *INT8_TOKENS, *INT8, "nf4", "fp4", "nf4dq", "fp4dq"]
+MINIFLOAT = ("fp8", "mxfp4", "nvfp4")
+FORMATS = [*INTEGER, *INT8_TOKENS, *INT8, "nf4", "fp4", "nf4dq", "fp4dq", *MINIFLOAT]
 SHAPES = [(64, 256), (48, 128), (10, 128), (8192, 1024)]  # rows by 32, by 16, by neither; one as large as an output matrix
 # Relative error, Frobenius: weights, scales and the result rounded to bf16 (2^-9 each); or to fp32, where bitsandbytes writes 1/127^2
 # with its last digits wrong by 1.8e-5.
@@ -30,6 +31,8 @@ def quantized(slug: str, shape: tuple[int, int]) -> tuple[QuantizedScheme, Quant
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(5)) * 0.05 + 0.01
     if isinstance(scheme, IntegerScheme):
         return scheme, quantize_nearest(weight, scheme, layer="layer")
+    if isinstance(scheme, MinifloatScheme):
+        return scheme, quantize_minifloat(weight, scheme, layer="layer")
     return scheme, quantize_bnb(weight, scheme, layer="layer")  # type: ignore[arg-type]
 
 
@@ -45,7 +48,7 @@ def run(kernel: type[Kernel], kind: LayerKind, weight: QuantizedWeight, x: torch
     return instance.run(x, buffers, bias)
 
 
-@pytest.mark.parametrize("slug", [slug for slug in FORMATS if slug not in (*INT8, *INT8_TOKENS)])
+@pytest.mark.parametrize("slug", [slug for slug in FORMATS if slug not in (*INT8, *INT8_TOKENS, "fp8")])
 def test_the_reference_multiplies_by_the_dequantized_weight(slug: str) -> None:
     scheme, weight = quantized(slug, (10, 128))
     x, bias = torch.randn(2, 3, 128), torch.randn(10)

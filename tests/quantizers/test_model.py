@@ -18,7 +18,19 @@ from tests.quantizers.conftest import MemoryTensors, calibration_tokens
 
 RECIPES = (
     *("fp32", "bf16", "fp16", "rtn-w8", "rtn-w8g32", "rtn-w4", "rtn-w4g32", "rtn-w4g32z", "rtn-w4g32m", "rtn-w3g64", "rtn-w2g64z"),
-    *("rtn-w8a8", "rtn-w4g64-head8", "rtn-w4g32za8", "bnb-int8", "bnb-int8t0", "bnb-nf4", "bnb-fp4", "bnb-nf4dq"),
+    *(
+        "rtn-w8a8",
+        "rtn-w4g64-head8",
+        "rtn-w4g32za8",
+        "rtn-fp8",
+        "rtn-mxfp4",
+        "rtn-nvfp4",
+        "bnb-int8",
+        "bnb-int8t0",
+        "bnb-nf4",
+        "bnb-fp4",
+        "bnb-nf4dq",
+    ),
 )
 TOKENS = torch.arange(24)[None] % 90
 

@@ -18,6 +18,7 @@ SLUGS = (
     *("fp32", "bf16", "fp16", "rtn-w8", "rtn-w4", "rtn-w3g64", "rtn-w2g32z", "rtn-w4g64", "rtn-w4g64z", "rtn-w4g32m"),
     *("rtn-w4g128-head8", "rtn-w8a8", "bnb-int8", "bnb-nf4", "bnb-fp4", "bnb-nf4-head8"),
     *("bnb-int8t0", "bnb-int8t3.5", "bnb-nf4dq", "bnb-fp4dq-head8", "bnb-nf4-downproj.int8t3.5"),
+    *("rtn-fp8", "rtn-mxfp4-head8", "rtn-nvfp4", "rtn-mxfp4-downproj.fp8"),
     *("rtn-w4g64a8", "gptq-w4g64za8", "smoothquant-w8g32a8", "rtn-w3ma8"),
     *("gptq.damping0.05.actorderoff.targetquantized-w4g64", "smoothquant.alphaauto-gptq.damping0.00001-w8a8", "awq.grid40.clipoff-w4g64z"),
     *("rtn-mix3.5g64z", "gptq-mix4g128-head8", "rtn-w3g64z-downproj.w4g64-layers.0.bf16-head8", "gptq-mix3.25g64-layers.29.mlp.w8g64"),
@@ -41,7 +42,19 @@ def test_other_slugs_are_unknown(slug: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "slug", ["rtn-nf4", "rtn-bf16", "awq-w4g64a8", "smoothquant-w4g64", "bnb-w4g64a8", "bnb-w4g64", "rtn-rtn-w4g64", "rtn-bnb-nf4"]
+    "slug",
+    [
+        "rtn-nf4",
+        "gptq-mxfp4",
+        "bnb-fp8",
+        "rtn-bf16",
+        "awq-w4g64a8",
+        "smoothquant-w4g64",
+        "bnb-w4g64a8",
+        "bnb-w4g64",
+        "rtn-rtn-w4g64",
+        "rtn-bnb-nf4",
+    ],
 )
 def test_a_format_that_the_method_cannot_make_is_refused(slug: str) -> None:
     with pytest.raises(UnsupportedScheme):
