@@ -40,7 +40,12 @@ FORMATS = {  # name -> kind, bits, group, zero of library.Matrix
     "w4g64": (library.GROUPED, 4, 64, 0),
     "w3g64": (library.GROUPED, 3, 64, 0),
     "w2g64": (library.GROUPED, 2, 64, 0),
+    "w4g32a8": (library.GROUPED_TOKEN, 4, 32, 0),
     "w8a8": (library.TOKEN, 8, COLUMNS, 0),
+    "nf4": (library.CODEBOOK, 4, 64, 0),
+    "mxfp4": (library.CODEBOOK_POWER, 4, 32, 0),
+    "nvfp4": (library.CODEBOOK_HALVES, 4, 32, 0),
+    "fp8": (library.E4M3, 8, COLUMNS, 0),
     "bf16": (library.BF16, 16, COLUMNS, 0),
     "fp32": (library.FP32, 32, COLUMNS, 0),
 }
@@ -72,15 +77,15 @@ def best(rounds: int, alternatives: dict[str, Callable[[], object]]) -> dict[str
 
 def _matrix(kind: int, bits: int, group: int, zero: int) -> tuple[library.Matrix, Tensor]:
     """A matrix of COLD_BYTES with arbitrary codes and scales."""
-    quantized = kind in (library.GROUPED, library.TOKEN)
-    probe = library.Matrix(kind=kind, bits=bits, group=group, zero=zero, rows=16, columns=COLUMNS, data=0, bias=None)
-    block = library.packed_bytes(probe) if quantized else 16 * COLUMNS * bits // 8
-    blocks = COLD_BYTES // block
-    memory = library.aligned_bytes(blocks * block)
+    quantized = kind not in (library.BF16, library.FP32)
+    matrix = library.Matrix(kind=kind, bits=bits, group=group, zero=zero, rows=16, columns=COLUMNS, data=0, bias=None)
+    blocks = COLD_BYTES // (library.packed_bytes(matrix) if quantized else 16 * COLUMNS * bits // 8)
+    matrix.rows = 16 * blocks
+    memory = library.aligned_bytes(library.packed_bytes(matrix) if quantized else matrix.rows * COLUMNS * bits // 8)
     library.library().precis_advise_huge(memory.data_ptr(), memory.numel())
-    memory.random_(0, 60)  # as fp16 or bf16: small and finite
-    probe.rows, probe.data = 16 * blocks, memory.data_ptr()
-    return probe, memory
+    memory.random_(40, 60)  # as fp16, bf16, e4m3 or a power of two: small, finite and normal
+    matrix.data = memory.data_ptr()
+    return matrix, memory
 
 
 def products(rounds: int) -> list[dict[str, Any]]:

@@ -106,13 +106,16 @@ def _is_channel_int8(layer: LayerKind) -> bool:
 
 
 def _supported(layer: LayerKind) -> bool:
+    return isinstance(layer.scheme, IntegerScheme) and layer.in_features % (layer.scheme.group_size or 1) == 0 and has_native_shape(layer)
+
+
+def has_native_shape(layer: LayerKind) -> bool:
+    """Whether the library is there and takes a layer of this shape, dtype and device, whatever its format."""
     return (
-        isinstance(layer.scheme, IntegerScheme)
-        and layer.device.type == "cpu"
+        layer.device.type == "cpu"
         and layer.dtype in _DTYPES
         and layer.in_features % library.INPUTS == 0
         and 0 < layer.in_features <= library.MAX_IN_FEATURES
-        and layer.in_features % (layer.scheme.group_size or 1) == 0
         and layer.out_features > 0
         and library.missing() is None
     )

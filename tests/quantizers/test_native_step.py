@@ -26,10 +26,10 @@ from quantizers.errors import InvalidInput
 from quantizers.kernels.cpu import library
 from quantizers.kernels.cpu.step import BLOCK_SIZE, NativeStep
 from quantizers.linear import QuantizedLinear
-from quantizers.methods.rtn import quantize_nearest
+from quantizers.methods.rtn import quantize_minifloat, quantize_nearest
 from quantizers.model import load_model
 from quantizers.recipe import parse_recipe
-from quantizers.scheme import HEAD8, BnbScheme, IntegerScheme
+from quantizers.scheme import HEAD8, BnbScheme, IntegerScheme, MinifloatScheme
 from quantizers.shared import SharedTensors
 
 pytestmark = pytest.mark.skipif(library.missing() is not None, reason=f"native kernels are {library.missing()}")
@@ -106,13 +106,14 @@ def small(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     return model
 
 
-def quantized(model: PreTrainedModel, scheme: IntegerScheme, head: IntegerScheme | None = None) -> PreTrainedModel:
+def quantized(model: PreTrainedModel, scheme: IntegerScheme | MinifloatScheme, head: IntegerScheme | None = None) -> PreTrainedModel:
     """The decoder's layers (and the output matrix) rounded to nearest, in place."""
     for name, module in list(model.named_modules()):
         if type(module) is not torch.nn.Linear or (name == "lm_head" and head is None):
             continue
         wanted = head if name == "lm_head" and head is not None else scheme
-        weight = quantize_nearest(module.weight.float(), wanted, layer=name)
+        make = quantize_minifloat if isinstance(wanted, MinifloatScheme) else quantize_nearest
+        weight = make(module.weight.float(), wanted, layer=name)  # type: ignore[operator]
         layer = QuantizedLinear(
             wanted,
             module.in_features,
@@ -210,12 +211,13 @@ def test_chunks_threads_and_instruction_sets_change_no_bit(name: str, dtype: tor
         IntegerScheme(weight_bits=4, group_size=32, zero="minimum"),
         IntegerScheme(weight_bits=8),
         IntegerScheme(weight_bits=8, activation_bits=8),
-        IntegerScheme(weight_bits=4, group_size=64, zero="integer", activation_bits=8),
+        IntegerScheme(weight_bits=4, group_size=32, zero="integer", activation_bits=8),
+        *(MinifloatScheme(format=name) for name in ("fp8", "mxfp4", "nvfp4")),
     ],
     ids=lambda scheme: scheme.slug if scheme else "bf16",
 )
 @pytest.mark.parametrize("name", ["llama with biases", "qwen3"])
-def test_a_row_is_the_same_alone_and_among_sixteen(name: str, scheme: IntegerScheme | None) -> None:
+def test_a_row_is_the_same_alone_and_among_sixteen(name: str, scheme: IntegerScheme | MinifloatScheme | None) -> None:
     """Decode tokens and prefill chunks of sixteen sequences in one step, against each alone."""
     model = small(name, torch.bfloat16)
     if scheme is not None:
@@ -312,6 +314,14 @@ def test_a_quantized_model_stays_near_transformers_run_of_the_same_numbers() -> 
     ids = text(model, 100)
     reference = expected(model, ids)
     assert kl(reference, Cache(model).feed(ids)) < 0.01
+
+
+@pytest.mark.parametrize("format_", ["fp8", "mxfp4", "nvfp4"])
+def test_float_formats_stay_near_transformers_run_of_the_same_numbers(format_: str) -> None:
+    model = quantized(small("qwen2 with windows in some layers", torch.bfloat16), MinifloatScheme(format=format_))
+    assert NativeStep.supports(model) is None
+    ids = text(model, 100)
+    assert kl(expected(model, ids), Cache(model).feed(ids)) < 0.01
 
 
 def test_weights_are_read_in_place() -> None:

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from quantizers.errors import InvalidInput
 
-ABI_VERSION = 2
-GROUPED, TOKEN, BF16, FP32, GROUPED_TOKEN = range(5)  # Kind of layout.h
+ABI_VERSION = 3
+GROUPED, TOKEN, BF16, FP32, GROUPED_TOKEN, CODEBOOK, CODEBOOK_POWER, CODEBOOK_HALVES, E4M3 = range(9)  # Kind of layout.h
 ZEROS = {"none": 0, "integer": 1, "minimum": 2}
+HEADER_BYTES = 64  # of a matrix of a code book
 INPUTS = 32  # in_features are a multiple of it
 # Beyond it a sum of products of bytes would not fit 32 bits.
 MAX_IN_FEATURES = 1 << 16
@@ -51,6 +52,7 @@ class Source(Structure):
         ("scale", c_void_p),
         ("zero_point", c_void_p),
         ("minimum", c_void_p),
+        ("header", c_void_p),
     )
 
 
@@ -141,10 +143,14 @@ def aligned_bytes(count: int) -> Tensor:
 
 
 def packed_bytes(matrix: Matrix) -> int:
-    """Bytes of a quantized matrix in the kernels' layout: blocks of 16 rows, codes and scales in one stream."""
+    """Bytes of a quantized matrix in the kernels' layout: blocks of 16 rows, codes and scales in one stream; e4m3: rows, then scales."""
+    if matrix.kind == E4M3:
+        return int(-(-matrix.rows * matrix.columns // _ALIGNMENT) * _ALIGNMENT + 4 * matrix.rows)
     groups = matrix.columns // matrix.group
+    scales = 16 if matrix.kind == CODEBOOK_POWER else 32
     zero = {0: 0, 1: 16, 2: 32}[matrix.zero]
-    return int(-(-matrix.rows // 16) * groups * (16 * matrix.group * matrix.bits // 8 + 32 + zero))
+    header = HEADER_BYTES if matrix.kind in (CODEBOOK, CODEBOOK_POWER, CODEBOOK_HALVES) else 0
+    return header + int(-(-matrix.rows // 16) * groups * (16 * matrix.group * matrix.bits // 8 + scales + zero))
 
 
 def run_linear(matrix: Matrix, x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ struct QuantizedTokens {
     int8_t* codes = nullptr;
     float* scale = nullptr;          // value = code * scale
     int32_t* negated_sum = nullptr;  // minus the sum of a group's codes: an offset of the weights' codes is taken back with it
+    int32_t* negated_first = nullptr;  // the same of the first half of a group, where a matrix asks for it
     float* scaled_sum = nullptr;     // scale * sum of the codes: what a minimum is multiplied with
 };
 
@@ -24,6 +25,8 @@ struct Activations {
     QuantizedTokens grouped;  // groups of 32
     QuantizedTokens token;    // one group a token
     QuantizedTokens token_groups;  // one scale a token, repeated for every 32 inputs, with sums of those
+    uint16_t* e4m3 = nullptr;     // [tokens][columns]: numbers of e4m3 as bf16, which holds them all
+    float* e4m3_scale = nullptr;  // [tokens]
     uint16_t* bf16 = nullptr;     // [tokens][columns]
     const float* fp32 = nullptr;  // [tokens][columns]
 };

@@ -12,7 +12,7 @@
 
 namespace {
 
-constexpr int kAbiVersion = 2;  // changes with every change of a struct or function here
+constexpr int kAbiVersion = 3;  // changes with every change of a struct or function here
 enum Result { kOk = 0, kNoMemory = 1 };
 
 template <class Fn>
@@ -32,7 +32,7 @@ PRECIS_API const char* precis_isa() { return precis::kernels().name; }
 PRECIS_API int precis_select_isa(const char* name) { return precis::select_kernels(name) ? 1 : 0; }
 PRECIS_API void precis_advise_huge(void* p, int64_t bytes) { precis::advise_huge(p, static_cast<size_t>(bytes)); }
 PRECIS_API void precis_collapse_huge(const void* p, int64_t bytes) { precis::collapse_huge(p, static_cast<size_t>(bytes)); }
-PRECIS_API int64_t precis_packed_bytes(const precis::Matrix* m) { return precis::block_count(m->rows) * precis::block_bytes(*m); }
+PRECIS_API int64_t precis_packed_bytes(const precis::Matrix* m) { return precis::matrix_bytes(*m); }
 
 PRECIS_API uint64_t precis_read(const uint64_t* words, int64_t count, int threads) { return precis::read_all(words, count, threads); }
 

@@ -10,9 +10,10 @@ struct Source {
     const uint8_t* codes;  // a stream of bits a row
     int64_t row_bytes;
     int64_t flip;  // exclusive-or of every code: 128 makes codes from 0 of two's complement bytes
-    const uint16_t* scale;  // fp16 [rows][groups]
+    const void* scale;  // fp16 [rows][groups]; code books of powers: e8m0 [rows][groups], of halves: e4m3 [rows][2 * groups]
     const uint8_t* zero_point;
     const uint16_t* minimum;
+    const uint8_t* header;  // of a code book, kHeader bytes
 };
 
 void pack(const Source& source, const Matrix& matrix, uint8_t* out, int threads);

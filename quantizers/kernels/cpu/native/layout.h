@@ -16,6 +16,14 @@
 //
 // Codes count from 0: symmetric formats are stored with 2^(bits-1) added. A format without groups is one group of all inputs.
 // bf16 and fp32 matrices stay row-major, because their memory is the model's own.
+//
+// A matrix of a code book has 4-bit codes in the same order, behind a header of 64 bytes, and other tails:
+//
+//     header  | levels u8 x16 | factor fp32 | zeros            code c of a row stands for (levels[c] - 128) * its scale * factor
+//     group   | codes, 32 inputs | ... | scales                kCodebook: fp16 x16; kCodebookPower: exponents e8m0 x16, one group 32 inputs;
+//                                                              kCodebookHalves: e4m3 x16 of the first 16 inputs, then of the last 16
+//
+// A matrix of e4m3 is row-major bytes [rows][columns], then zeros up to a multiple of 64 bytes, then one fp32 scale a row.
 #pragma once
 
 #include <cstddef>
@@ -33,6 +41,10 @@ enum class Kind : int32_t {
     kBf16 = 2,
     kFp32 = 3,
     kGroupedToken = 4,  // integer weights as of kGrouped; the input is rounded to 8 bits with one scale a token
+    kCodebook = 5,        // 16 levels, groups with an fp16 scale; the input as of kGrouped, and so for the next two
+    kCodebookPower = 6,   // groups of 32 with a power of two
+    kCodebookHalves = 7,  // groups of 16 with an e4m3 scale, two side by side
+    kE4m3 = 8,            // the input is rounded to e4m3 with one scale a token
 };
 
 enum class Zero : int32_t { kNone = 0, kInteger = 1, kMinimum = 2 };
@@ -60,7 +72,21 @@ constexpr int64_t group_bytes(int group, int bits, Zero zero) { return code_byte
 
 constexpr int64_t block_count(int64_t rows) { return (rows + kRows - 1) / kRows; }
 
-inline int64_t block_bytes(const Matrix& m) { return m.columns / m.group * group_bytes(m.group, m.bits, m.zero); }
+constexpr bool is_codebook(Kind kind) { return kind == Kind::kCodebook || kind == Kind::kCodebookPower || kind == Kind::kCodebookHalves; }
+
+constexpr int64_t tail_bytes(Kind kind, Zero zero) { return kind == Kind::kCodebookPower ? kRows : tail_bytes(zero); }
+
+constexpr int64_t kHeader = 64;  // of a code book
+
+inline int64_t block_bytes(const Matrix& m) { return m.columns / m.group * (code_bytes(m.group, m.bits) + tail_bytes(m.kind, m.zero)); }
+
+// Where the scales of a matrix of e4m3 begin.
+inline int64_t e4m3_scales(const Matrix& m) { return (m.rows * m.columns + 63) / 64 * 64; }
+
+inline int64_t matrix_bytes(const Matrix& m) {
+    if (m.kind == Kind::kE4m3) return e4m3_scales(m) + 4 * m.rows;
+    return (is_codebook(m.kind) ? kHeader : 0) + block_count(m.rows) * block_bytes(m);
+}
 
 static_assert(code_bytes(kInputs, 8) == 8 * 64 && code_bytes(kInputs, 4) == 4 * 64, "whole vectors");
 static_assert(code_bytes(kInputs, 3) == 3 * 64 && code_bytes(kInputs, 2) == 2 * 64, "whole vectors");
@@ -68,5 +94,8 @@ static_assert(group_bytes(32, 4, Zero::kNone) == 288, "4.5 bits a weight");
 static_assert(group_bytes(32, 4, Zero::kMinimum) == 320, "5 bits a weight");
 static_assert(group_bytes(64, 4, Zero::kInteger) == 560, "4.375 bits a weight");
 static_assert(group_bytes(32, 8, Zero::kNone) == 544, "8.5 bits a weight");
+static_assert(code_bytes(64, 4) + tail_bytes(Kind::kCodebook, Zero::kNone) == 544, "4.25 bits a weight");
+static_assert(code_bytes(32, 4) + tail_bytes(Kind::kCodebookPower, Zero::kNone) == 272, "4.25 bits a weight");
+static_assert(code_bytes(32, 4) + tail_bytes(Kind::kCodebookHalves, Zero::kNone) == 288, "4.5 bits a weight");
 
 }  // namespace precis

@@ -30,4 +30,23 @@ inline float from_half(uint16_t x) {
     return sign * (exponent ? std::ldexp(static_cast<float>(1024 + fraction), exponent - 25) : std::ldexp(static_cast<float>(fraction), -24));
 }
 
+// The nearest number of e4m3, ties to even, for |x| <= 448 (torch's float8_e4m3fn). NaN stays NaN.
+inline float round_e4m3(float x) {
+    constexpr uint32_t kSmallestNormal = 0x3c800000u;  // 2^-6; below it numbers are 2^-9 apart
+    constexpr float kLast = 24576.0f;                  // 1.5 * 2^14, whose last bit is 2^-9
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    const uint32_t sign = bits & 0x80000000u, magnitude = bits ^ sign;
+    const uint32_t normal = (magnitude + 0x7ffffu + (magnitude >> 20 & 1u)) & 0xfff00000u;
+    const float small = (std::fabs(x) + kLast) - kLast;
+    uint32_t subnormal;
+    std::memcpy(&subnormal, &small, 4);
+    bits = sign | (magnitude > 0x7f800000u ? magnitude : magnitude < kSmallestNormal ? subnormal : normal);
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
+
+// e4m3 as fp16 has the same value times 2^-8, subnormals too.
+inline uint16_t half_of_e4m3(uint8_t x) { return static_cast<uint16_t>((x & 0x80u) << 8 | (x & 0x7fu) << 7); }
+
 }  // namespace precis

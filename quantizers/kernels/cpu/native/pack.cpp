@@ -26,8 +26,18 @@ void put_code(uint8_t* p, int bits, int r, int i, uint8_t code) {
     if (bits == 3) p[128 + b] |= static_cast<uint8_t>((code >> 2) << quad);
 }
 
+// The scale of group g of a row to its place in the tail at `p`.
+void put_scale(const Source& s, Kind kind, int64_t row, int64_t groups, int64_t g, uint8_t* p) {
+    const auto* bytes = static_cast<const uint8_t*>(s.scale);
+    const int r = static_cast<int>(row % kRows);
+    const int64_t at = row * groups + g;
+    if (kind == Kind::kCodebookPower) p[r] = bytes[at];
+    else if (kind == Kind::kCodebookHalves) p[r] = bytes[2 * at], p[kRows + r] = bytes[2 * at + 1];
+    else std::memcpy(p + 2 * r, bytes + 2 * at, 2);
+}
+
 void pack_row(const Source& s, const Matrix& m, int64_t row, uint8_t* block) {
-    const int64_t groups = m.columns / m.group, codes = code_bytes(m.group, m.bits), whole = group_bytes(m.group, m.bits, m.zero);
+    const int64_t groups = m.columns / m.group, codes = code_bytes(m.group, m.bits), whole = codes + tail_bytes(m.kind, m.zero);
     const uint8_t* stream = s.codes + row * s.row_bytes;
     const int r = static_cast<int>(row % kRows);
     for (int64_t g = 0; g < groups; g++) {
@@ -36,7 +46,7 @@ void pack_row(const Source& s, const Matrix& m, int64_t row, uint8_t* block) {
             const uint8_t code = static_cast<uint8_t>(code_at(stream, g * m.group + i, m.bits) ^ s.flip);
             put_code(p + i / kInputs * code_bytes(kInputs, m.bits), m.bits, r, i % kInputs, code);
         }
-        std::memcpy(p + codes + 2 * r, s.scale + row * groups + g, 2);
+        put_scale(s, m.kind, row, groups, g, p + codes);
         uint8_t* zero = p + codes + 2 * kRows;
         if (m.zero == Zero::kInteger) zero[r] = s.zero_point[row * groups + g];
         if (m.zero == Zero::kMinimum) std::memcpy(zero + 2 * r, s.minimum + row * groups + g, 2);
@@ -61,7 +71,8 @@ void run(void* context, Team& team, int index) {
 }  // namespace
 
 void pack(const Source& source, const Matrix& matrix, uint8_t* out, int threads) {
-    advise_huge(out, static_cast<size_t>(block_count(matrix.rows) * block_bytes(matrix)));
+    advise_huge(out, static_cast<size_t>(matrix_bytes(matrix)));
+    if (is_codebook(matrix.kind)) std::memcpy(out, source.header, kHeader), out += kHeader;
     Work work{&source, &matrix, out};
     run_on_threads(threads, run, &work);
 }

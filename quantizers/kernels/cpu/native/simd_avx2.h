@@ -122,6 +122,33 @@ struct V {
         return _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_slli_epi32(w, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(x, 16)), acc);
     }
 
+    PRECIS_INLINE static B table(const void* p) {
+        const __m256i twice = _mm256_broadcastsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+        return {twice, twice};
+    }
+    PRECIS_INLINE static B lookup(B table, B index) { return {_mm256_shuffle_epi8(table.lo, index.lo), _mm256_shuffle_epi8(table.hi, index.hi)}; }
+    PRECIS_INLINE static F power(const void* p) {
+        const __m128i v = _mm_loadu_si128(static_cast<const __m128i*>(p));
+        return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu8_epi32(v), 23)),
+                _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu8_epi32(_mm_srli_si128(v, 8)), 23))};
+    }
+    PRECIS_INLINE static F e4m3(const void* p) {
+        const __m256i x = _mm256_cvtepu8_epi16(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+        const __m256i sign = _mm256_slli_epi16(_mm256_and_si256(x, _mm256_set1_epi16(0x80)), 8);
+        const __m256i halves = _mm256_or_si256(sign, _mm256_slli_epi16(_mm256_and_si256(x, _mm256_set1_epi16(0x7f)), 7));
+        return {_mm256_cvtph_ps(_mm256_castsi256_si128(halves)), _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1))};
+    }
+    PRECIS_INLINE static B e4m3_bf16(const void* p) {
+        const auto* bytes = static_cast<const uint8_t*>(p);
+        const F first = e4m3(bytes), last = e4m3(bytes + 16);
+        return {upper_halves(first.lo, first.hi), upper_halves(last.lo, last.hi)};
+    }
+    // The upper 16 bits of each float, in order: exact for numbers that bf16 holds.
+    PRECIS_INLINE static __m256i upper_halves(__m256 a, __m256 b) {
+        const __m256i low = _mm256_srli_epi32(_mm256_castps_si256(a), 16), high = _mm256_srli_epi32(_mm256_castps_si256(b), 16);
+        return _mm256_permute4x64_epi64(_mm256_packus_epi32(low, high), 0xd8);
+    }
+
     PRECIS_INLINE static F half(const void* p) {
         const auto* v = static_cast<const __m128i*>(p);
         return {_mm256_cvtph_ps(_mm_loadu_si128(v)), _mm256_cvtph_ps(_mm_loadu_si128(v + 1))};

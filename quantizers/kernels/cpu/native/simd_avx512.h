@@ -83,6 +83,24 @@ struct V {
     // acc + odd product, then + even product, each a fused multiply-add that takes and gives subnormals as zero.
     PRECIS_INLINE static F dot_bf16(F acc, B w, B x) { return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)x); }
 
+    // 16 bytes, and those of them that the codes 0 to 15 of `index` name.
+    PRECIS_INLINE static B table(const void* p) { return _mm512_broadcast_i32x4(_mm_loadu_si128(static_cast<const __m128i*>(p))); }
+    PRECIS_INLINE static B lookup(B table, B index) { return _mm512_shuffle_epi8(table, index); }
+    // 2^(e - 127) for bytes e from 1 to 254; 0 for 0.
+    PRECIS_INLINE static F power(const void* p) {
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))), 23));
+    }
+    // Numbers of e4m3, times 2^-8: 16 of them as floats, 32 as bf16.
+    PRECIS_INLINE static F e4m3(const void* p) {
+        const __m256i x = _mm256_cvtepu8_epi16(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+        const __m256i sign = _mm256_slli_epi16(_mm256_and_si256(x, _mm256_set1_epi16(0x80)), 8);
+        return _mm512_cvtph_ps(_mm256_or_si256(sign, _mm256_slli_epi16(_mm256_and_si256(x, _mm256_set1_epi16(0x7f)), 7)));
+    }
+    PRECIS_INLINE static B e4m3_bf16(const void* p) {
+        const auto* bytes = static_cast<const uint8_t*>(p);
+        return (__m512i)_mm512_cvtne2ps_pbh(e4m3(bytes + 16), e4m3(bytes));
+    }
+
     PRECIS_INLINE static F half(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p))); }
     PRECIS_INLINE static F bytes(const void* p) {
         return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))));

@@ -117,6 +117,29 @@ struct V {
     }
     static float flush(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
 
+    static B table(const void* p) {
+        const auto* bytes = static_cast<const uint8_t*>(p);
+        return bytewise([&](int i) { return bytes[i & 15]; });
+    }
+    static B lookup(const B& table, const B& index) { return bytewise([&](int i) { return table.lane[index.lane[i] & 15]; }); }
+    static F power(const void* p) {
+        return each<F>([&](int i) {
+            const uint32_t bits = static_cast<uint32_t>(static_cast<const uint8_t*>(p)[i]) << 23;
+            float value;
+            std::memcpy(&value, &bits, 4);
+            return value;
+        });
+    }
+    static F e4m3(const void* p) { return each<F>([&](int i) { return from_half(half_of_e4m3(static_cast<const uint8_t*>(p)[i])); }); }
+    static B e4m3_bf16(const void* p) {
+        B out;
+        for (int i = 0; i < 32; i++) {
+            const uint16_t bits = to_bf16(from_half(half_of_e4m3(static_cast<const uint8_t*>(p)[i])));
+            std::memcpy(out.lane + 2 * i, &bits, 2);
+        }
+        return out;
+    }
+
     static F half(const void* p) {
         uint16_t bits[16];
         std::memcpy(bits, p, sizeof bits);

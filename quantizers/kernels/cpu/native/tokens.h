@@ -13,16 +13,17 @@ namespace precis {
 struct QuantizedBuffers {
     Buffer<int8_t> codes;
     Buffer<float> scale, scaled_sum;
-    Buffer<int32_t> negated_sum;
+    Buffer<int32_t> negated_sum, negated_first;
 
-    QuantizedTokens reserve(int64_t tokens, int64_t columns, int64_t groups) {
+    QuantizedTokens reserve(int64_t tokens, int64_t columns, int64_t groups, bool halves = false) {
         const size_t scales = static_cast<size_t>(tokens * groups);
-        return {codes.reserve(static_cast<size_t>(tokens * columns)), scale.reserve(scales), negated_sum.reserve(scales), scaled_sum.reserve(scales)};
+        return {codes.reserve(static_cast<size_t>(tokens * columns)), scale.reserve(scales), negated_sum.reserve(scales),
+                halves ? negated_first.reserve(scales) : nullptr, scaled_sum.reserve(scales)};
     }
-    size_t bytes() const { return codes.bytes() + scale.bytes() + scaled_sum.bytes() + negated_sum.bytes(); }
+    size_t bytes() const { return codes.bytes() + scale.bytes() + scaled_sum.bytes() + negated_sum.bytes() + negated_first.bytes(); }
 };
 
-inline unsigned bit(Kind kind) { return 1u << static_cast<int>(kind); }
+constexpr unsigned bit(Kind kind) { return 1u << static_cast<int>(kind); }
 
 // The same inputs in every form that the matrices of one phase read.
 class Inputs {
@@ -35,30 +36,34 @@ public:
         view_.columns = static_cast<int>(columns);
         view_.fp32 = fp32;
         const size_t size = static_cast<size_t>(tokens * columns);
-        if (needed(Kind::kGrouped)) view_.grouped = grouped_.reserve(tokens, columns, columns / kInputs);
+        if (kinds_ & kReadGroups) view_.grouped = grouped_.reserve(tokens, columns, columns / kInputs, needed(Kind::kCodebookHalves));
         if (needed(Kind::kToken)) view_.token = token_.reserve(tokens, columns, 1);
         if (needed(Kind::kGroupedToken)) view_.token_groups = token_groups_.reserve(tokens, columns, columns / kInputs);
+        if (needed(Kind::kE4m3)) view_.e4m3 = e4m3_.reserve(size), view_.e4m3_scale = e4m3_scale_.reserve(static_cast<size_t>(tokens));
         if (needed(Kind::kBf16)) view_.bf16 = bf16_.reserve(size);
         copies_ = needed(Kind::kFp32) && fp32 == nullptr;
         if (copies_) view_.fp32 = fp32_.reserve(size);
     }
     void fill(const Kernels& k, const float* x, int row) {
-        for (Kind kind : {Kind::kGrouped, Kind::kToken, Kind::kGroupedToken, Kind::kBf16})
+        if (kinds_ & kReadGroups) k.quantize_row(Kind::kGrouped, x, view_, row);
+        for (Kind kind : {Kind::kToken, Kind::kGroupedToken, Kind::kE4m3, Kind::kBf16})
             if (needed(kind)) k.quantize_row(kind, x, view_, row);
         if (copies_) std::copy(x, x + view_.columns, fp32_.get() + int64_t{row} * view_.columns);
     }
     const Activations& view() const { return view_; }
-    size_t bytes() const { return grouped_.bytes() + token_.bytes() + token_groups_.bytes() + bf16_.bytes() + fp32_.bytes(); }
+    size_t bytes() const { return grouped_.bytes() + token_.bytes() + token_groups_.bytes() + e4m3_.bytes() + e4m3_scale_.bytes() + bf16_.bytes() + fp32_.bytes(); }
 
 private:
+    static constexpr unsigned kReadGroups = bit(Kind::kGrouped) | bit(Kind::kCodebook) | bit(Kind::kCodebookPower) | bit(Kind::kCodebookHalves);
+
     bool needed(Kind kind) const { return kinds_ & bit(kind); }
 
     Activations view_;
     unsigned kinds_ = 0;
     bool copies_ = false;
     QuantizedBuffers grouped_, token_, token_groups_;
-    Buffer<uint16_t> bf16_;
-    Buffer<float> fp32_;
+    Buffer<uint16_t> bf16_, e4m3_;
+    Buffer<float> fp32_, e4m3_scale_;
 };
 
 // Rows in the units that are dealt out to threads: a block for one token, a panel for more.
