@@ -60,6 +60,19 @@ def output_matrix(model: nn.Module) -> str:
     raise InvalidInput(f"{type(model).__name__} has no linear output matrix, so no recipe with -head8 applies to it", param="model")
 
 
+def input_embedding(model: nn.Module) -> str:
+    """Full name of the token embedding. Raises InvalidInput where it is no plain `nn.Embedding`, such as one that scales its rows."""
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    for name, module in model.named_modules():
+        if module is embedding and type(module) is nn.Embedding:
+            return str(name)
+    raise InvalidInput(
+        f"{type(model).__name__} looks tokens up in {type(embedding).__name__}, which is no plain embedding, so no recipe with -embed8 "
+        "applies to it",
+        param="model",
+    )
+
+
 def layer_shape(layer: nn.Module) -> tuple[int, int]:
     """(out_features, in_features) of an `nn.Linear` or Conv1D."""
     rows, columns = layer.weight.shape  # type: ignore[misc]

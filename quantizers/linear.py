@@ -1,4 +1,7 @@
-"""QuantizedLinear: the one module that replaces `nn.Linear`. It holds what its kernel needs and nothing else."""
+"""QuantizedLinear: the one module that replaces `nn.Linear`. It holds what its kernel needs and nothing else.
+
+QuantizedEmbedding, which replaces `nn.Embedding`, looks rows up in such a matrix: its own, or the output matrix that it is tied to.
+"""
 
 from collections.abc import Callable
 
@@ -59,8 +62,30 @@ class QuantizedLinear(nn.Module):
         assert not prepared, f"{self.kernel} made buffers that it did not promise: {sorted(prepared)}"
 
     def forward(self, x: Tensor) -> Tensor:
-        buffers = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
-        return self._kernel.run(x, buffers, self.bias)
+        return self._kernel.run(x, self._held(), self.bias)
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """Rows of `w` as numbers: `indices` int64 of any shape -> [..., in_features], in the layer's dtype."""
+        rows = self._kernel.rows(indices.reshape(-1), self._held()).view(*indices.shape, self.in_features)
+        return rows.to(self._kernel.layer.dtype)
+
+    def _held(self) -> dict[str, Tensor]:
+        return {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, scheme={self.scheme.slug}, kernel={self.kernel}"
+
+
+class QuantizedEmbedding(nn.Module):
+    """Token ids -> rows of `matrix`, a QuantizedLinear [num_embeddings, embedding_dim] without bias, dequantized one by one.
+
+    A model whose embedding is tied gives the output matrix itself, so that it is held once.
+    """
+
+    def __init__(self, matrix: QuantizedLinear) -> None:
+        super().__init__()
+        self.matrix = matrix
+        self.num_embeddings, self.embedding_dim = matrix.out_features, matrix.in_features
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.matrix.rows(ids)

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from quantizers.blocks import decoder_blocks, layer_shape, linear_layers, output_matrix, replace
+from quantizers.blocks import decoder_blocks, input_embedding, layer_shape, linear_layers, output_matrix, replace
 from quantizers.errors import CorruptData, InvalidInput
 from quantizers.kernels import Kernel, LayerKind, select
 from quantizers.kernels.reference import Reference
-from quantizers.linear import QuantizedLinear
+from quantizers.linear import QuantizedEmbedding, QuantizedLinear
 from quantizers.packing import packed_width
 from quantizers.recipe import Recipe
 from quantizers.scheme import FloatScheme, IntegerScheme, MixedScheme
@@ -163,7 +163,8 @@ def _plan(
     choose: Callable[[LayerKind], Kernel],
 ) -> _Plan:
     model = skeleton(config, dtype)
-    tensors = match_tensors(model, checkpoint)
+    matched = match_tensors(model, checkpoint)
+    tensors = dict(matched)
     quantized: dict[str, QuantizedLinear] = {}
     own: set[str] = set()
     if isinstance(recipe.scheme, FloatScheme):
@@ -172,12 +173,38 @@ def _plan(
     for name, scheme in stored_layers(model, recipe, artifact).items():
         layer = model.get_submodule(name)
         rows, columns = layer_shape(layer)
-        quantized[name] = QuantizedLinear(scheme, columns, rows, bias=layer.bias is not None, dtype=dtype, device=device, choose=choose)
+        quantized[name] = QuantizedLinear(scheme, columns, rows, bias=_has_bias(layer), dtype=dtype, device=device, choose=choose)
         del tensors[f"{name}.weight"]
+    embedding = _embedding(model, quantized, matched) if recipe.embedding is not None else {}
+    for name in embedding:
+        tensors.pop(f"{name}.weight", None)
     replaced = replaced_tensors(model, recipe, tensors.keys(), artifact)
     fill_computed_buffers(model, device)
     replace(model, quantized)
+    replace(model, embedding)
     return _Plan(model, quantized, {name: key for name, key in tensors.items() if name not in replaced}, own, replaced, dtype)
+
+
+def _has_bias(layer: nn.Module) -> bool:
+    return getattr(layer, "bias", None) is not None
+
+
+def _embedding(model: PreTrainedModel, quantized: dict[str, QuantizedLinear], matched: dict[str, str]) -> dict[str, QuantizedEmbedding]:
+    """Full name -> the embedding over its own matrix among `quantized`, or over the output matrix that it is tied to.
+
+    Raises InvalidInput where the checkpoint holds two different matrices though the architecture ties them.
+    """
+    name = input_embedding(model)
+    if name in quantized:
+        return {name: QuantizedEmbedding(quantized[name])}
+    head = output_matrix(model)
+    if matched[f"{name}.weight"] != matched[f"{head}.weight"]:
+        raise InvalidInput(
+            f"the config ties {name} to {head}, but the checkpoint holds two different matrices: set tie_word_embeddings to false in "
+            "config.json, or leave -embed8 out",
+            param="model",
+        )
+    return {name: QuantizedEmbedding(quantized[head])}
 
 
 def replaced_tensors(model: PreTrainedModel, recipe: Recipe, unquantized: Collection[str], artifact: TensorSource | None) -> set[str]:
@@ -198,7 +225,9 @@ def replaced_tensors(model: PreTrainedModel, recipe: Recipe, unquantized: Collec
 def recipe_layers(model: PreTrainedModel, recipe: Recipe) -> dict[str, QuantizedScheme | MixedScheme]:
     """Full name -> number format of the layers of an unquantized `model` that `recipe` quantizes, in the order of the walk.
 
-    Raises InvalidInput for an override that fits no layer.
+    After the decoder's layers come the embedding, where it has a matrix of its own, and the output matrix.
+
+    Raises InvalidInput for an override that fits no layer, and for an embedding that is tied to an output matrix that stays as it is.
     """
     layers: dict[str, QuantizedScheme | MixedScheme] = {}
     if recipe.is_baseline:
@@ -215,9 +244,23 @@ def recipe_layers(model: PreTrainedModel, recipe: Recipe) -> dict[str, Quantized
         scheme = recipe.scheme_of(name)
         if not isinstance(scheme, FloatScheme):
             layers[name] = scheme
+    if recipe.embedding is not None and not embedding_is_tied(model):
+        layers[input_embedding(model)] = recipe.embedding
+    elif recipe.embedding is not None and recipe.head is None:
+        raise InvalidInput(
+            f"{type(model).__name__} has one matrix for its embedding and its output, which {recipe.slug} would hold twice: "
+            f"use {recipe.slug.removesuffix('-embed8')}-head8-embed8",
+            param="model",
+        )
     if recipe.head is not None:
         layers[output_matrix(model)] = recipe.head
     return layers
+
+
+def embedding_is_tied(model: PreTrainedModel) -> bool:
+    """Whether the architecture has one matrix for the token embedding and the output."""
+    names = {f"{input_embedding(model)}.weight", f"{output_matrix(model)}.weight"}
+    return any({target, origin} == names for target, origin in model.all_tied_weights_keys.items())
 
 
 def stored_layers(model: PreTrainedModel, recipe: Recipe, artifact: TensorSource | None) -> dict[str, QuantizedScheme]:

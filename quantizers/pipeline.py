@@ -29,7 +29,7 @@ from quantizers.model import fill_computed_buffers, recipe_layers
 from quantizers.peak import PeakBytes, check_room, predict_peak_of
 from quantizers.products import quick_products
 from quantizers.recipe import Recipe
-from quantizers.scheme import FloatScheme, MixedScheme
+from quantizers.scheme import FloatScheme, IntegerScheme, MixedScheme
 from quantizers.skeleton import match_tensors, put_tensor, skeleton
 from quantizers.tensors import TensorSink, TensorSource
 from quantizers.trial import check_formats, largest, try_layer
@@ -136,7 +136,7 @@ def quantize(
             walk.give_widths(calibration.first(MIXED_SAMPLES), recipe.scheme)
         wanted = frozenset[Stream](stream for method in recipe.methods for stream in method.streams())
         walk.blocks(walk.streams(calibration, wanted) if calibration is not None and wanted else None)
-        walk.head()
+        walk.rest()
     return QuantizationResult(
         tuple(walk.results),
         walk.bytes,
@@ -307,15 +307,20 @@ class _Walk:
         """Every layer's format, now that none is a budget any more."""
         return {name: scheme for name, scheme in self._layers.items() if not isinstance(scheme, MixedScheme)}
 
-    def head(self) -> None:
-        """The output matrix, some rows at a time: with a large vocabulary it is larger than a block."""
-        if self._recipe.head is None:
-            return
-        name = next(reversed(self._layers))
+    def rest(self) -> None:
+        """Embedding and output matrix, where they are quantized."""
+        blocks = tuple(f"{name}." for name in decoder_blocks(self._model))
+        for name, scheme in self._layers.items():
+            if not name.startswith(blocks):
+                assert isinstance(scheme, IntegerScheme), "what lies outside the blocks is rounded to nearest"
+                self._by_rows(name, scheme)
+
+    def _by_rows(self, name: str, scheme: IntegerScheme) -> None:
+        """Some rows at a time: with a large vocabulary such a matrix is larger than a block."""
         pieces, error, norm = [], 0.0, 0.0
         for rows in _pieces(self._source.get(self._keys[f"{name}.weight"])):
             weight = self._copy(rows, name)
-            pieces.append(quantize_nearest(weight, self._recipe.head, layer=name))
+            pieces.append(quantize_nearest(weight, scheme, layer=name))
             error += squares(weight - pieces[-1].dequantize())
             norm += squares(weight)
         self._take(name, join_rows(pieces), error, norm)

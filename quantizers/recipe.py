@@ -2,7 +2,7 @@
 
 Grammar of a slug (`[a-z0-9.-]`). It says everything, so that a recipe can be asked for by name alone:
 
-    recipe   = baseline | method ("-" method)* "-" format ("-" override)* ["-head8"]
+    recipe   = baseline | method ("-" method)* "-" format ("-" override)* ["-head8"] ["-embed8"]
     baseline = "fp32" | "bf16" | "fp16"
     method   = name ("." option)*           e.g. gptq, gptq.damping0.1.actorderoff: a field's name without underscores, then its value
     format   = what `quantizers.scheme.parse_scheme` reads, e.g. w4g64z, w8a8, nf4, mix3.5g64z
@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, SerializeAsAny, ValidationError, fie
 
 from quantizers.errors import UnknownRecipe, UnsupportedScheme
 from quantizers.methods import METHODS, Method
-from quantizers.scheme import HEAD8, FloatScheme, IntegerScheme, MixedScheme, Scheme, parse_scheme
+from quantizers.scheme import EMBED8, HEAD8, FloatScheme, IntegerScheme, MixedScheme, Scheme, parse_scheme
 
 MAX_SLUG = 96
 _SLUG = re.compile(rf"[a-z0-9.-]{{1,{MAX_SLUG}}}")
@@ -63,6 +63,7 @@ class Recipe(BaseModel):
     scheme: Scheme
     overrides: tuple[Override, ...] = ()
     head: IntegerScheme | None = None
+    embedding: IntegerScheme | None = None
 
     @field_validator("methods", mode="before")
     @classmethod
@@ -72,7 +73,8 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _methods_fit_scheme(self) -> "Recipe":
-        if not self.methods and (not isinstance(self.scheme, FloatScheme) or self.head is not None or self.overrides):
+        beyond = self.head is not None or self.embedding is not None or self.overrides
+        if not self.methods and (not isinstance(self.scheme, FloatScheme) or beyond):
             raise ValueError(f"the format {self.scheme.slug} needs a method, such as rtn-{self.scheme.slug}")
         for method in self.methods[:-1]:
             if method.role == "quantizer":
@@ -110,7 +112,7 @@ class Recipe(BaseModel):
     @property
     def slug(self) -> str:
         parts = [*map(_method_slug, self.methods), self.scheme.slug, *(override.slug for override in self.overrides)]
-        return "-".join(parts + (["head8"] if self.head else []))
+        return "-".join(parts + (["head8"] if self.head else []) + (["embed8"] if self.embedding else []))
 
     def scheme_of(self, name: str) -> Scheme:
         """The format of the decoder layer with this full name."""
@@ -135,7 +137,8 @@ def parse_recipe(slug: str) -> Recipe:
         )
     if slug in BASELINES:
         return Recipe(scheme=FloatScheme(dtype=slug))
-    words, head = (slug.removesuffix("-head8"), HEAD8) if slug.endswith("-head8") else (slug, None)
+    words, embedding = (slug.removesuffix("-embed8"), EMBED8) if slug.endswith("-embed8") else (slug, None)
+    words, head = (words.removesuffix("-head8"), HEAD8) if words.endswith("-head8") else (words, None)
     parts = words.split("-")
     count = next((index for index, part in enumerate(parts) if part.partition(".")[0] not in METHODS), len(parts))
     if count in (0, len(parts)):
@@ -149,7 +152,7 @@ def parse_recipe(slug: str) -> Recipe:
     methods = tuple(_parse_method(part) for part in parts[:count])
     scheme = _parse_format(parts[count], slug)
     overrides = tuple(_parse_override(part) for part in parts[count + 1 :])
-    recipe = Recipe(methods=methods, scheme=scheme, overrides=overrides, head=head)
+    recipe = Recipe(methods=methods, scheme=scheme, overrides=overrides, head=head, embedding=embedding)
     if recipe.slug != slug:
         raise UnknownRecipe(
             f"{slug!r} is written {recipe.slug!r}: options in their order, without those that are the default", param="model"

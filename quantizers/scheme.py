@@ -211,7 +211,8 @@ class MixedScheme(_Frozen):
 LayerScheme = FloatScheme | IntegerScheme | BnbScheme | MinifloatScheme  # what one layer can be in
 Scheme = Annotated[LayerScheme | MixedScheme, Field(discriminator="kind")]
 
-HEAD8 = IntegerScheme(weight_bits=8, group_size=32)  # the output matrix of a recipe that ends in `-head8`
+HEAD8 = IntegerScheme(weight_bits=8, group_size=32)  # the output matrix of a recipe with `-head8`
+EMBED8 = HEAD8  # the token embedding of one with `-embed8`: a matrix that is both is held once
 
 _INTEGER = re.compile(r"w(?P<bits>[2348])(?:g(?P<group>[0-9]{1,4}))?(?P<zero>[zm])?(?:a(?P<act>8))?")
 _BNB = re.compile(r"(?P<int8>int8)(?:t(?P<threshold>[0-9]{1,5}(?:\.[0-9]{1,4})?))?|(?P<four>nf4|fp4)(?P<dq>dq)?")

@@ -97,6 +97,10 @@ def export(
 
 
 def _layers(model: PreTrainedModel, recipe: Recipe, artifact: TensorSource) -> dict[str, IntegerScheme]:
+    if recipe.embedding is not None:
+        raise UnsupportedScheme(
+            f"{recipe.slug}: the export writes no quantized embedding; export the variant without -embed8", param="variant"
+        )
     layers = {name: expressible(scheme, name) for name, scheme in stored_layers(model, recipe, artifact).items()}
     for name in layers:
         if not isinstance(model.get_submodule(name), nn.Linear):

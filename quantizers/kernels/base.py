@@ -60,6 +60,10 @@ class Kernel(ABC):
     def run(self, x: Tensor, buffers: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
         """`x` [..., in_features] -> [..., out_features], in `x.dtype`."""
 
+    def rows(self, indices: Tensor, buffers: Mapping[str, Tensor]) -> Tensor:
+        """fp32 [n, in_features]: rows `indices` int64 [n] of the weight. Every kernel of the format of embeddings has it."""
+        raise NotImplementedError(f"{self.name} multiplies by {self.layer.scheme.slug} and looks no rows up in it")
+
 
 def select(layer: LayerKind) -> Kernel:
     """The best kernel for a layer; the reference kernel supports every one."""

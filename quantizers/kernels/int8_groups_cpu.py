@@ -48,6 +48,10 @@ class Int8GroupsCpu(Kernel):
             "scale": weight.tensors["scale"].T.to(torch.bfloat16).contiguous(),
         }
 
+    def rows(self, indices: Tensor, buffers: Mapping[str, Tensor]) -> Tensor:
+        values = buffers["codes"][:, indices].float() * buffers["scale"][:, indices].float().unsqueeze(-1)  # [G, n, group]
+        return values.transpose(0, 1).reshape(len(indices), self.layer.in_features)
+
     def run(self, x: Tensor, buffers: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
         tokens = x.reshape(-1, self._groups, self.layer.in_features // self._groups).transpose(0, 1).contiguous()  # [G, tokens, group]
         y = torch.zeros(tokens.shape[1], self.layer.out_features, dtype=torch.float32)

@@ -59,6 +59,17 @@ class NativeWeightOnly(Kernel):
             y += bias
         return y.view(*x.shape[:-1], self.layer.out_features).to(x.dtype)
 
+    def rows(self, indices: Tensor, buffers: Mapping[str, Tensor]) -> Tensor:
+        scheme = self.layer.scheme
+        assert isinstance(scheme, IntegerScheme) and (scheme.weight_bits, scheme.zero) == (8, "none"), "the format of embeddings"
+        group = scheme.group_size or self.layer.in_features
+        # [blocks of 16 rows, groups, bytes]; of a group's codes [group / 4, 16 rows, 4 inputs], then 16 scales: see layout.h.
+        packed = buffers["packed"].view(-1, self.layer.in_features // group, 16 * group + 32)[indices // 16]
+        each, row = torch.arange(len(indices), device=indices.device), indices % 16
+        codes = packed[..., : 16 * group].view(len(indices), -1, group // 4, 16, 4)[each, :, :, row].reshape(len(indices), -1, group)
+        scale = packed[..., 16 * group :].contiguous().view(torch.float16)[each, :, row]
+        return ((codes.float() - 128) * scale.float().unsqueeze(-1)).view(len(indices), self.layer.in_features)
+
     def matrix(self, data: int, bias: int | None) -> library.Matrix:
         """The layer for the C interface, with its packed weight at the address `data` and its fp32 bias, if any, at `bias`."""
         scheme = self.layer.scheme

@@ -51,6 +51,11 @@ class Reference(Kernel):
         y = y.view(*x.shape[:-1], self.layer.out_features)
         return (y if bias is None else y + bias).to(x.dtype)
 
+    def rows(self, indices: Tensor, buffers: Mapping[str, Tensor]) -> Tensor:
+        assert not isinstance(self.layer.scheme, BnbScheme), "blocks of bitsandbytes run across rows"
+        chosen = {name: buffer if name == "global_scale" else buffer[indices] for name, buffer in buffers.items()}
+        return dequantize(self.layer.scheme, len(indices), self.layer.in_features, chosen)
+
     def _dequantized(self, tokens: Tensor, buffers: Mapping[str, Tensor]) -> Tensor:
         weight = dequantize(self.layer.scheme, self.layer.out_features, self.layer.in_features, buffers)
         return linear(tokens, weight.to(tokens.dtype))

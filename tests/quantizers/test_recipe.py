@@ -19,6 +19,7 @@ SLUGS = (
     *("rtn-w4g128-head8", "rtn-w8a8", "bnb-int8", "bnb-nf4", "bnb-fp4", "bnb-nf4-head8"),
     *("bnb-int8t0", "bnb-int8t3.5", "bnb-nf4dq", "bnb-fp4dq-head8", "bnb-nf4-downproj.int8t3.5"),
     *("rtn-fp8", "rtn-mxfp4-head8", "rtn-nvfp4", "rtn-mxfp4-downproj.fp8"),
+    *("rtn-w4g64-embed8", "gptq-w4g64z-head8-embed8", "rtn-mxfp4-layers.0.bf16-embed8"),
     *("rtn-w4g64a8", "gptq-w4g64za8", "smoothquant-w8g32a8", "rtn-w3ma8"),
     *("gptq.damping0.05.actorderoff.targetquantized-w4g64", "smoothquant.alphaauto-gptq.damping0.00001-w8a8", "awq.grid40.clipoff-w4g64z"),
     *("rtn-mix3.5g64z", "gptq-mix4g128-head8", "rtn-w3g64z-downproj.w4g64-layers.0.bf16-head8", "gptq-mix3.25g64-layers.29.mlp.w8g64"),
@@ -34,7 +35,21 @@ def test_slug_and_json_name_the_same_recipe(slug: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "slug", ["", "rtn", "w4g64", "rtn-w5", "rtn-w4g48", "gptqq-w4g64", "fp32-head8", "RTN-w4", "rtn-w4g64-head9", "a" * 97]
+    "slug",
+    [
+        "",
+        "rtn",
+        "w4g64",
+        "rtn-w5",
+        "rtn-w4g48",
+        "gptqq-w4g64",
+        "fp32-head8",
+        "fp32-embed8",
+        "rtn-w4g64-embed4",
+        "RTN-w4",
+        "rtn-w4g64-head9",
+        "a" * 97,
+    ],
 )
 def test_other_slugs_are_unknown(slug: str) -> None:
     with pytest.raises(UnknownRecipe):
@@ -72,6 +87,7 @@ def test_a_format_that_the_method_cannot_make_is_refused(slug: str) -> None:
         ("gptq.dampingnan-w4g64", "damping"),
         ("gptq.speed9-w4g64", "no option 'speed9': it has actorder, blocksize, damping, target"),
         ("gptq.targetnothing-w4g64", "target"),
+        ("rtn-w4g64-embed8-head8", "'embed8' is no override"),
         ("bnb-int8t6", "is written 'bnb-int8'"),
         ("bnb-int8t3.50", "is written 'bnb-int8t3.5'"),
         ("bnb-int8t99999", "an outlier threshold is at most 10000"),

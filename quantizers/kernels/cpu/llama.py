@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from quantizers.errors import InvalidInput
 from quantizers.kernels.cpu import library
 from quantizers.kernels.native import NativeWeightOnly
-from quantizers.linear import QuantizedLinear
+from quantizers.linear import QuantizedEmbedding, QuantizedLinear
 
 FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # frequencies that do not depend on the length of the text
@@ -48,7 +48,7 @@ class Facts:
     """A model that the native step runs."""
 
     blocks: tuple[Block, ...]
-    embedding: Tensor  # [vocab, hidden], bf16 or fp32
+    embedding: Tensor | QuantizedLinear  # [vocab, hidden], bf16 or fp32, or the matrix that holds its rows
     final_norm: Tensor
     head: nn.Module
     rotary: nn.Module
@@ -100,9 +100,9 @@ def _facts(tree: Any) -> Facts:
         raise InvalidInput(
             f"rotary embeddings of type {rope!r} depend on the length of the text; the native step has {', '.join(_ROPE_TYPES)}"
         )
-    attention, embedding = base.layers[0].self_attn, base.embed_tokens.weight
-    if embedding.dtype not in _KINDS or embedding.device.type != "cpu":
-        raise InvalidInput(f"the native step runs bf16 and fp32 on a CPU, not {embedding.dtype} on {embedding.device.type}")
+    attention, embedding, norm = base.layers[0].self_attn, _embedding(base.embed_tokens), base.norm.weight
+    if norm.dtype not in _KINDS or norm.device.type != "cpu":
+        raise InvalidInput(f"the native step runs bf16 and fp32 on a CPU, not {norm.dtype} on {norm.device.type}")
     if 2 * base.rotary_emb.inv_freq.numel() != attention.head_dim:
         raise InvalidInput(
             f"rotary embeddings turn {2 * base.rotary_emb.inv_freq.numel()} of {attention.head_dim} dimensions: the native step turns all"
@@ -113,16 +113,25 @@ def _facts(tree: Any) -> Facts:
         final_norm=base.norm.weight,
         head=tree.lm_head,
         rotary=base.rotary_emb,
-        hidden=embedding.shape[1],
+        hidden=norm.numel(),
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
         head_dim=attention.head_dim,
         intermediate=config.intermediate_size,
-        vocab=embedding.shape[0],
+        vocab=base.embed_tokens.num_embeddings,
         epsilon=base.norm.variance_epsilon,
         scaling=attention.scaling,
-        dtype=embedding.dtype,
+        dtype=norm.dtype,
     )
+
+
+def _embedding(module: nn.Module) -> Tensor | QuantizedLinear:
+    if isinstance(module, QuantizedEmbedding):
+        _check_linear(module.matrix)
+        return module.matrix
+    if type(module) is not nn.Embedding:
+        raise InvalidInput(f"the native step looks tokens up in an embedding, not in {type(module).__name__}")
+    return module.weight
 
 
 def _block(layer: Any, config: Any) -> Block:

@@ -198,9 +198,10 @@ class NativeStep:
             cache_fp32=int(facts.dtype == torch.float32),
             epsilon=facts.epsilon,
             scaling=facts.scaling,
-            embedding=facts.embedding.data_ptr(),
+            embedding=facts.embedding.data_ptr() if isinstance(facts.embedding, Tensor) else None,
             final_norm=self._fp32(facts.final_norm),
             head=self._matrix(facts.head),
+            table=library.Matrix() if isinstance(facts.embedding, Tensor) else matrix(facts.embedding, None),
             layer=ctypes.addressof(self._layers),
         )
 
@@ -228,7 +229,8 @@ class NativeStep:
 
     def _gather(self) -> None:
         """Ask for the weights' memory in huge pages: layers of a megabyte, made one by one, lie in small ones, and read a sixth slower."""
-        tensors = [self._facts.embedding]
+        embedding = self._facts.embedding
+        tensors = [embedding] if isinstance(embedding, Tensor) else [*embedding.buffers()]
         for module in (self._facts.head, *(linear for block in self._facts.blocks for linear in block.linears())):
             tensors += [*module.parameters(), *module.buffers()]
         for tensor in tensors:

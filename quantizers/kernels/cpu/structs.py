@@ -25,6 +25,7 @@ class Model(Structure):
         ("embedding", c_void_p),
         ("final_norm", c_void_p),
         ("head", Matrix),
+        ("table", Matrix),
         ("layer", c_void_p),
     )
 

@@ -12,7 +12,7 @@
 
 namespace {
 
-constexpr int kAbiVersion = 3;  // changes with every change of a struct or function here
+constexpr int kAbiVersion = 4;  // changes with every change of a struct or function here
 enum Result { kOk = 0, kNoMemory = 1 };
 
 template <class Fn>

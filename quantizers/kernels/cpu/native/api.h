@@ -18,6 +18,9 @@ struct Source {
 
 void pack(const Source& source, const Matrix& matrix, uint8_t* out, int threads);
 
+// Row `row` of a packed matrix of symmetric bytes with groups -> x [columns].
+void read_row(const Matrix& m, int64_t row, float* x);
+
 // y [tokens][rows] = x [tokens][columns] times the matrix's transpose, plus its bias.
 void linear(const Matrix& m, const float* x, int tokens, float* y, int threads);
 

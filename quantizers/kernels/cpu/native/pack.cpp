@@ -4,6 +4,7 @@
 
 #include "api.h"
 #include "memory.h"
+#include "numbers.h"
 #include "pool.h"
 
 namespace precis {
@@ -52,6 +53,22 @@ void pack_row(const Source& s, const Matrix& m, int64_t row, uint8_t* block) {
         if (m.zero == Zero::kMinimum) std::memcpy(zero + 2 * r, s.minimum + row * groups + g, 2);
     }
 }
+
+}  // namespace
+
+void read_row(const Matrix& m, int64_t row, float* x) {
+    const auto* p = static_cast<const uint8_t*>(m.data) + row / kRows * block_bytes(m);
+    const int r = static_cast<int>(row % kRows);
+    const int64_t codes = code_bytes(m.group, 8);
+    for (int64_t done = 0; done < m.columns; done += m.group, p += codes + tail_bytes(m.zero), x += m.group) {
+        uint16_t scale;
+        std::memcpy(&scale, p + codes + 2 * r, 2);
+        const float step = from_half(scale);
+        for (int i = 0; i < m.group; i++) x[i] = static_cast<float>(p[64 * (i / 4) + 4 * r + i % 4] - 128) * step;
+    }
+}
+
+namespace {
 
 struct Work {
     const Source* source;

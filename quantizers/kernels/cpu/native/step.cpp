@@ -1,5 +1,7 @@
 #include "step.h"
 
+#include "api.h"
+
 #include <time.h>
 
 #include <atomic>
@@ -81,6 +83,7 @@ private:
 
     void embed(int t) {
         float* x = s_.x_.get() + t * m_.hidden;
+        if (m_.embedding == nullptr) return read_row(m_.table, b_.id[t], x);
         if (m_.embedding_fp32) {
             std::memcpy(x, static_cast<const float*>(m_.embedding) + b_.id[t] * m_.hidden, sizeof(float) * static_cast<size_t>(m_.hidden));
             return;

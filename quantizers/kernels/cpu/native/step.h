@@ -25,9 +25,10 @@ struct Model {
     int32_t cache_fp32;
     float epsilon;
     float scaling;            // of the scores
-    const void* embedding;    // [vocab][hidden]
+    const void* embedding;    // [vocab][hidden]; null where `table` holds it
     const float* final_norm;  // [hidden]
     Matrix head;
+    Matrix table;  // a quantized embedding: symmetric bytes, kGrouped; it may be the head's memory
     const Layer* layer;  // [layers]
 };
 
