@@ -1,6 +1,6 @@
 """Tokens a second of one stream with and without drafts, in alternating rounds: text that repeats its prompt, and text that does not.
 
-    python benchmarks/speculation.py CHECKPOINT_FOLDER PRECISION [--rounds N] [--tokens N]
+python benchmarks/speculation.py CHECKPOINT_FOLDER PRECISION [--rounds N] [--tokens N]
 """
 
 import argparse

@@ -80,7 +80,8 @@ def e8m0_codes(largest: Tensor) -> Tensor:
 
 def e8m0_values(codes: Tensor) -> Tensor:
     """uint8, no NaN -> fp32 of that shape, exact."""
-    return torch.ldexp(torch.ones((), device=codes.device), codes.int() - _BIAS)
+    bits = codes.int() << 23  # where fp32 has its exponent, with the same bias
+    return torch.where(codes == 0, 1 << 22, bits).view(torch.float32)  # 2^-127 is subnormal there
 
 
 def encode(weight: Tensor, format_: str) -> dict[str, Tensor]:

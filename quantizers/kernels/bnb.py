@@ -87,7 +87,7 @@ class BnbInt8Cpu(Kernel):
 
     @classmethod
     def supports(cls, layer: LayerKind) -> bool:
-        return _is_bnb(layer, "int8")
+        return _is_bnb(layer, "int8") and layer.in_features > 1  # torch's int8 product, underneath, makes wrong sums of one input
 
     def specs(self) -> dict[str, Spec]:
         rows, columns = self.layer.out_features, self.layer.in_features

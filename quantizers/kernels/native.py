@@ -63,10 +63,11 @@ class NativeWeightOnly(Kernel):
         scheme = self.layer.scheme
         assert isinstance(scheme, IntegerScheme) and (scheme.weight_bits, scheme.zero) == (8, "none"), "the format of embeddings"
         group = scheme.group_size or self.layer.in_features
+        count = self.layer.in_features // group
         # [blocks of 16 rows, groups, bytes]; of a group's codes [group / 4, 16 rows, 4 inputs], then 16 scales: see layout.h.
-        packed = buffers["packed"].view(-1, self.layer.in_features // group, 16 * group + 32)[indices // 16]
+        packed = buffers["packed"].view(-1, count, 16 * group + 32)[indices // 16]
         each, row = torch.arange(len(indices), device=indices.device), indices % 16
-        codes = packed[..., : 16 * group].view(len(indices), -1, group // 4, 16, 4)[each, :, :, row].reshape(len(indices), -1, group)
+        codes = packed[..., : 16 * group].view(len(indices), count, group // 4, 16, 4)[each, :, :, row].reshape(len(indices), count, group)
         scale = packed[..., 16 * group :].contiguous().view(torch.float16)[each, :, row]
         return ((codes.float() - 128) * scale.float().unsqueeze(-1)).view(len(indices), self.layer.in_features)
 

@@ -68,8 +68,8 @@ class TritonWeightOnly(Kernel):
     def rows(self, indices: Tensor, buffers: Mapping[str, Tensor]) -> Tensor:
         assert (self._scheme.weight_bits, self._scheme.zero) == (8, "none"), "the format of embeddings"
         count = buffers["scale"].shape[0]
-        codes = buffers["low"][:, indices].transpose(0, 1).reshape(len(indices), -1)[:, : self.layer.in_features]  # spans are in order
-        grouped = (codes.float() - 128).view(len(indices), count, -1)
+        codes = buffers["low"][:, indices].transpose(0, 1).flatten(1)[:, : self.layer.in_features]  # spans are in order
+        grouped = (codes.float() - 128).view(len(indices), count, self.layer.in_features // count)
         return (grouped * buffers["scale"][:, indices].T.float().unsqueeze(-1)).view(len(indices), self.layer.in_features)
 
     def run(self, x: Tensor, buffers: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:

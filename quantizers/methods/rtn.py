@@ -59,4 +59,4 @@ def quantize_minifloat(weight: "Tensor", scheme: MinifloatScheme, *, layer: str)
     check_groups_fit(scheme, columns, layer)
     if not bool(torch.isfinite(weight).all()):
         raise QuantizationFailed("its weights hold NaN or infinity: the checkpoint is damaged", layer=layer)
-    return QuantizedWeight(scheme, rows, columns, encode(weight.float(), scheme.format))
+    return QuantizedWeight(scheme, rows, columns, encode(weight.float().contiguous(), scheme.format))

@@ -10,20 +10,22 @@ import torch
 from bitsandbytes.autograd._functions import MatMul8bitLt
 
 from quantizers.errors import QuantizationFailed
-from quantizers.kernels.base import LayerKind
+from quantizers.kernels import LayerKind, select
 from quantizers.kernels.bnb import BnbInt8Cpu
 from quantizers.kernels.reference import Reference
 from quantizers.methods.bnb import quantize_bnb
+from quantizers.methods.rtn import quantize_nearest
 from quantizers.model import load_model
 from quantizers.pipeline import quantize
 from quantizers.recipe import parse_recipe
-from quantizers.scheme import BNB_BLOCK, BnbScheme
+from quantizers.scheme import BNB_BLOCK, BnbScheme, FloatScheme, MixedScheme
 from quantizers.shared import SharedTensors
 from quantizers.weights import FP4_TABLE, NF4_TABLE, dynamic_map, tensor_specs
 from tests.quantizers.conftest import MemoryTensors, calibration_tokens
 
-# Whole blocks; blocks that run across rows; odd numbers of weights; one column; more blocks than share one nested absmax.
-SHAPES = [(64, 128), (5, 64), (3, 37), (7, 100), (6, 1), (130, 160)]
+# Whole blocks; blocks that run across rows; odd numbers of weights; one column; more blocks than share one nested absmax (in whole rows:
+# of 130 rows of 160 bitsandbytes 0.50.2 gives back others than it was given).
+SHAPES = [(64, 128), (5, 64), (3, 37), (7, 100), (6, 1), (130, 192)]
 
 
 def weight_of(shape: tuple[int, int]) -> torch.Tensor:
@@ -119,7 +121,9 @@ def test_int8_is_bitsandbytes_own_product(kernel: type[BnbInt8Cpu | Reference], 
     state.threshold, state.has_fp16_weights = threshold, False
     theirs = MatMul8bitLt.apply(x.half(), weight, None, None, state).float()  # what `bitsandbytes.matmul` runs on a GPU
     y = product(kernel, BnbScheme(format="int8", outlier_threshold=threshold), weight, x)
-    assert (y - theirs).norm() / theirs.norm() < 5e-4
+    # The paper takes a column out before the scale of a token is found; bitsandbytes leaves entries below the threshold in that.
+    allowed = 5e-3 if kernel is Reference and threshold == 3.5 else 5e-4
+    assert (y - theirs).norm() / theirs.norm() < allowed
     assert (y - x @ weight.T).norm() / (x @ weight.T).norm() < (0.02 if threshold or not outlier else 0.1)
 
 
@@ -138,15 +142,19 @@ def test_rows_of_zeros_give_zeros(kernel: type[BnbInt8Cpu | Reference], threshol
     weight = weight_of((64, 128))
     y = product(kernel, BnbScheme(format="int8", outlier_threshold=threshold), weight, x)
     assert not y[1].any() and bool(torch.isfinite(y).all())
-    assert torch.allclose(y[3], 40 * weight[:, 5], rtol=0.01, atol=0.01 * 40 * 0.05)
+    assert (y[3] - 40 * weight[:, 5]).abs().max() < 40 * weight.abs().max() / 127, "off by more than a step of the weight"
 
 
-@pytest.mark.parametrize("kernel", [BnbInt8Cpu, Reference])
-@pytest.mark.parametrize("threshold", [6.0, 0.0])
-def test_one_input(kernel: type[BnbInt8Cpu | Reference], threshold: float) -> None:
+@pytest.mark.parametrize("slug", ["bnb-int8", "bnb-int8t0", "rtn-w8a8"])
+def test_one_input(slug: str) -> None:
+    """torch's int8 product makes wrong sums of a single one, so its kernels must leave it alone."""
     weight, x = torch.tensor([[0.5], [0.0], [-2.0]]), torch.tensor([[1.0], [-3.0], [0.0], [9.0]])
-    y = product(kernel, BnbScheme(format="int8", outlier_threshold=threshold), weight, x)
-    torch.testing.assert_close(y, x @ weight.T, rtol=1e-4, atol=0)
+    scheme = parse_recipe(slug).scheme
+    assert not isinstance(scheme, FloatScheme | MixedScheme)
+    stored = quantize_bnb(weight, scheme, layer="l") if isinstance(scheme, BnbScheme) else quantize_nearest(weight, scheme, layer="l")
+    layer = select(LayerKind(scheme, 3, 1, torch.float32, torch.device("cpu")))
+    assert layer.name == "reference"
+    torch.testing.assert_close(layer.run(x, layer.prepare(stored), None), x @ weight.T, rtol=1e-2, atol=0)
 
 
 @pytest.mark.parametrize("kernel", [BnbInt8Cpu, Reference])

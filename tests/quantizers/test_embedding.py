@@ -36,7 +36,7 @@ def kernels_of_embeddings() -> list[str]:
     return [name for name, kernel in KERNELS.items() if any(kernel.supports(kind) for kind in kinds)] + ["triton-weight-only"]
 
 
-@pytest.mark.parametrize("name", dict.fromkeys(kernels_of_embeddings()))
+@pytest.mark.parametrize("name", list(dict.fromkeys(kernels_of_embeddings())))
 @pytest.mark.parametrize("shape", [(50, 96), (8192, 1024)])
 def test_rows_are_those_of_the_stored_matrix(name: str, shape: tuple[int, int]) -> None:
     weight = quantize_nearest(torch.randn(shape, generator=torch.Generator().manual_seed(1)), EMBED8, layer="embedding")

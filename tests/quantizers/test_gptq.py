@@ -169,7 +169,7 @@ def with_weights(model: torch.nn.Module, result: object, sink: MemoryTensors, re
     return model
 
 
-@pytest.mark.parametrize("slug", ["gptq-nf4", "gptq-w4g64a8"])
+@pytest.mark.parametrize("slug", ["gptq-nf4", "gptq-mxfp4"])
 def test_formats_that_it_cannot_make_are_refused(slug: str) -> None:
     with pytest.raises(UnsupportedScheme, match="gptq"):
         parse_recipe(slug)

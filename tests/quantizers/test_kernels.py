@@ -5,6 +5,7 @@ from itertools import product
 import pytest
 import torch
 
+from quantizers.activations import quantize_tokens
 from quantizers.kernels import KERNELS, Kernel, LayerKind, select
 from quantizers.kernels.reference import exact_int8_product
 from quantizers.methods.bnb import quantize_bnb
@@ -62,9 +63,8 @@ def test_the_reference_multiplies_rounded_tokens_by_the_dequantized_weight(slug:
     scheme, weight = quantized(slug, (10, 256))
     x, bias = torch.randn(2, 3, 256), torch.randn(10)
     x[0, 1] = 0
-    largest = x.double().abs().amax(-1, keepdim=True)
-    step = (largest / 127.5).clamp(min=1e-30)  # the token's largest magnitude lies at the end of 255 steps around zero
-    rounded = (x.double() / step).round().clamp(-128, 127) * step
+    codes, step = quantize_tokens(x.view(6, 256))  # itself held to compressed-tensors
+    rounded = (codes.double() * step).view(2, 3, 256)
     y = run(KERNELS["reference"], LayerKind(scheme, 10, 256, torch.float32, CPU), weight, x, bias)
     assert relative(y, rounded @ weight.dequantize().double().T + bias) < 1e-6
 

@@ -195,13 +195,13 @@ def test_the_product_of_fp8_is_exact_on_the_rounded_numbers() -> None:
     torch.testing.assert_close(kernel.run(x, kernel.prepare(stored), None).double(), expected, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize(("scheme", "magnitude"), product((FP8, MXFP4, NVFP4), (0.0, 1e-45, 1e-38, 1e-30, 1e30, 3e38)))
+@pytest.mark.parametrize(("scheme", "magnitude"), list(product((FP8, MXFP4, NVFP4), (0.0, 1e-45, 1e-38, 1e-30, 1e30, 2.9e38))))
 def test_extreme_weights_stay_finite(scheme: MinifloatScheme, magnitude: float) -> None:
     weight = torch.linspace(-1, 1, 64).repeat(3, 1) * magnitude
     values = quantize_minifloat(weight, scheme, layer="layer").dequantize()
     assert bool(torch.isfinite(values).all()) and values.abs().max() <= 1.2 * magnitude + 1e-37
     if 1e-30 <= magnitude <= 1e30:
-        assert (values - weight).norm() < 0.2 * weight.norm()
+        assert (values - weight).double().norm() < 0.2 * weight.double().norm()
 
 
 @pytest.mark.parametrize("scheme", [FP8, MXFP4, NVFP4], ids=lambda scheme: scheme.slug)

@@ -318,10 +318,11 @@ def test_a_quantized_model_stays_near_transformers_run_of_the_same_numbers() -> 
 
 @pytest.mark.parametrize("format_", ["fp8", "mxfp4", "nvfp4"])
 def test_float_formats_stay_near_transformers_run_of_the_same_numbers(format_: str) -> None:
-    model = quantized(small("qwen2 with windows in some layers", torch.bfloat16), MinifloatScheme(format=format_))
+    """In fp32: rounding tokens to e4m3 enlarges what bf16 between the layers, which the native step does not have, would change."""
+    model = quantized(small("qwen2 with windows in some layers"), MinifloatScheme(format=format_))
     assert NativeStep.supports(model) is None
     ids = text(model, 100)
-    assert kl(expected(model, ids), Cache(model).feed(ids)) < 0.01
+    assert kl(expected(model, ids), Cache(model).feed(ids)) < 1e-3
 
 
 def test_weights_are_read_in_place() -> None:
