@@ -178,6 +178,7 @@ class Model(BaseModel):
     precision: str
     method: str | None
     numbers: dict[str, Any] = Field(alias="scheme")
+    activation_bits: int | None
     bytes: int | None
     report: dict[str, Any] | None
     resident: bool
