@@ -25,6 +25,7 @@ PROMPTS = {
 @dataclass(frozen=True)
 class Options:
     speculation: str
+    twin_precision: str | None = None
     device: str = "cpu"
     memory_budget_bytes: int | None = 2 << 30
     max_waiting: int = 8

@@ -26,6 +26,8 @@ class Settings:
     device: str = "auto"
     memory_budget_bytes: int | None = None
     max_waiting: int = 64
+    speculation: str = "off"  # what is measured is what streams share, not what is guessed
+    twin_precision: str | None = None
 
 
 @dataclass(frozen=True)

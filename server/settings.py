@@ -33,6 +33,9 @@ class Settings(BaseSettings):
     speculation: Literal["off", "lookup"] = Field(
         "lookup", description="guess tokens from the text so far and verify them, where that pays"
     )
+    twin_precision: str | None = Field(
+        None, description="recipe whose variant of a checkpoint drafts tokens for its others; none: no twins"
+    )
     allowed_roots: list[Path] = Field([], description="folders under which POST /v1/checkpoints may import a path")
     allow_hub: bool = Field(False, description="POST /v1/checkpoints may import from the Hugging Face hub")
     max_upload_bytes: int = Field(64 << 30, gt=0, description="largest upload")
@@ -47,10 +50,10 @@ class Settings(BaseSettings):
         """Every bearer token that /v1 takes; none: it is open."""
         return (*(() if self.api_key is None else (self.api_key,)), *self.api_keys)
 
-    @field_validator("default_precision", "recipes")
+    @field_validator("default_precision", "recipes", "twin_precision")
     @classmethod
-    def _are_recipes(cls, value: str | list[str]) -> str | list[str]:
-        for slug in [value] if isinstance(value, str) else value:
+    def _are_recipes(cls, value: str | list[str] | None) -> str | list[str] | None:
+        for slug in [value] if isinstance(value, str) else value or []:
             try:
                 parse_recipe(slug)
             except InvalidInput as error:

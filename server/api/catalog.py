@@ -124,8 +124,20 @@ class Catalog:
             artifact_dir = str(variant.dir)
         info = await self._engine.load(VariantSpec(key=key, checkpoint_dir=str(checkpoint.dir), artifact_dir=artifact_dir))
         self._metrics.load_duration.labels(key.model, key.precision, source).observe(time.perf_counter() - begun)
+        if self._settings.twin_precision is not None and self._settings.speculation != "off":
+            await self._load_twin(key, self._settings.twin_precision)
         self.awaited -= {str(key), key.model} if key.precision == self._settings.default_precision else {str(key)}
         return info
+
+    async def _load_twin(self, key: VariantKey, precision: str) -> None:
+        """Make the variant that drafts for `key` resident. A failure is logged: drafts make an answer faster and never another one."""
+        twin = VariantKey(model=key.model, precision=parse_recipe(precision).slug)
+        if twin == key or twin in self._engine.residents():
+            return
+        try:
+            await self.make_resident(twin)
+        except PrecisError as error:
+            logger.warning("%s answers without the drafts of %s: %s", key, twin, error.message)
 
     async def _quantize(self, key: VariantKey) -> None:
         """Make the artifact. Raises NotFound where that is not allowed, QuantizationFailed where it fails."""

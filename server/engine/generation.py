@@ -67,13 +67,16 @@ class Generation:
             check_finite(rows)
             self._logprobs += token_logprobs(rows, following, self._sampling.prompt_logprobs or 0)
 
-    def draft(self, growing_share: float) -> None:
-        """Draft tokens for the next step, where only the newest is left to compute; see Drafting for `growing_share`."""
+    @property
+    def room(self) -> int:
+        """Tokens that may be drafted now: where only the newest is left to compute, all but the last, which is computed no more."""
         sequence = self.sequence
-        sequence.draft = []
-        if sequence.table is not None and len(sequence.tokens) - sequence.computed == 1:
-            most = sequence.max_tokens - sequence.generated - 1  # the last token is not computed any more
-            sequence.draft = self._drafting.draft(sequence.tokens, most, growing_share)
+        ready = sequence.table is not None and len(sequence.tokens) - sequence.computed == 1
+        return sequence.max_tokens - sequence.generated - 1 if ready else 0
+
+    def draft(self, growing_share: float) -> None:
+        """Draft tokens for the next step from the text so far; see Drafting for `growing_share`."""
+        self.sequence.draft = self._drafting.draft(self.sequence.tokens, self.room, growing_share) if self.room > 0 else []
 
     def verified(self, drafted: int, right: int) -> None:
         """Of `drafted` tokens, the first `right` were right."""

@@ -12,7 +12,7 @@ import itertools
 import logging
 import queue
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -29,6 +29,8 @@ from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler, Step, Work
 from server.engine.steps import Outcome, compute, translate
 from server.engine.turns import Turns
+from server.engine.twin import Twin
+from server.engine.twins import Twins
 
 logger = logging.getLogger(__name__)
 
@@ -55,9 +57,12 @@ class _Job:
 class Loop:
     """Everything that one worker does. `emit` is called from every thread, at times under the lock, and must not block."""
 
-    def __init__(self, residents: Residents, emit: Emit, *, max_waiting: int, speculates: bool = False) -> None:
-        """`speculates`: tokens are drafted and verified, where that pays."""
+    def __init__(
+        self, residents: Residents, emit: Emit, *, max_waiting: int, speculates: bool = False, twin_precision: str | None = None
+    ) -> None:
+        """`speculates`: tokens are drafted and verified, where that pays; by the variant of `twin_precision` too, where it is resident."""
         self._residents, self._emit, self._speculates = residents, emit, speculates
+        self._twins = Twins(residents, twin_precision)
         self._lock = residents.changed
         self._arrivals = Arrivals(max_waiting)
         self._waiting: list[_Job] = []  # by arrival; not resident yet, or not pinned
@@ -170,7 +175,7 @@ class Loop:
                 continue  # a grammar was compiled at once, and those that wait were admitted on its account
             if runner is None:
                 self._ask_for(job.spec)
-            elif not self._residents.blocked and self._has_grammar(job, runner):
+            elif not self._residents.blocked and self._has_grammar(job, runner) and self._twins.claim(job.spec.key):
                 self._waiting.remove(job)
                 self._make_ready(job, runner)
 
@@ -291,6 +296,7 @@ class Loop:
         """Whose step is next; waits until there is one. None once closed."""
         with self._lock:
             while not self._closed:
+                self._twins.settle(self._jobs)
                 self._admit()
                 self._expire()
                 if self._jobs:
@@ -322,13 +328,22 @@ class Loop:
             runner = self._runner(next(iter(jobs.values())))
             scheduler = runner.scheduler
             assert scheduler is not None, "pinned requests have a cache"
+            generations = [self._generation(job) for job in jobs.values()] if self._speculates else []
+            twin = self._twins.of(key, self._jobs) if generations else None
+            share = runner.cost.growing_share(len(scheduler.running) or 1)
+            for generation in generations:
+                generation.draft(share)
+        began = time.perf_counter()
+        drafts = {} if twin is None else self._draft(twin, generations, runner)
+        drafting = time.perf_counter() - began
+        with self._lock:
+            for generation in generations:
+                if drafts.get(generation.sequence.call):
+                    generation.sequence.draft = drafts[generation.sequence.call]
             before = scheduler.preemptions
-            if self._speculates:
-                share = runner.cost.growing_share(len(scheduler.running) or 1)
-                for job in jobs.values():
-                    self._generation(job).draft(share)
             step = scheduler.schedule()
-            assert step is not None, "whoever is first in order can always run"
+            if step is None:
+                return False  # cancelled while the twin drafted
             self._count(self._preemptions, key, scheduler.preemptions - before)
             stepping = [jobs[work.sequence.call] for work in step.work]
             self._computing = {job.call for job in stepping}
@@ -345,11 +360,19 @@ class Loop:
         if all(work.count == 1 for work in step.work):
             runner.cost.measured(sum(work.rows for work in step.work), seconds)
         with self._lock:
-            self._turns.charge(key, seconds)
+            self._turns.charge(key, drafting + seconds)
             self._computing = set()
-            return self._commit(scheduler, step, stepping, outcomes)
+            return self._commit(scheduler, step, stepping, outcomes, twin, drafts)
 
-    def _commit(self, scheduler: Scheduler, step: Step, stepping: list[_Job], outcomes: list[Outcome]) -> bool:
+    def _commit(
+        self,
+        scheduler: Scheduler,
+        step: Step,
+        stepping: list[_Job],
+        outcomes: list[Outcome],
+        twin: Twin | None,
+        drafts: Mapping[int, list[int]],
+    ) -> bool:
         """Tell what a step brought; returns whether any request ended."""
         ended = 0
         for work, job, outcome in zip(step.work, stepping, outcomes, strict=True):
@@ -363,7 +386,7 @@ class Loop:
             else:
                 scheduler.advance(work)
                 if work.draft:
-                    self._verify(job, work, len(outcome) - 1)
+                    self._verify(job, work, len(outcome) - 1, twin if work.sequence.call in drafts else None)
                 if not work.samples:
                     continue
                 if not self._tell(job, self._generation(job).take(outcome)):
@@ -372,9 +395,24 @@ class Loop:
             ended += 1
         return ended > 0
 
-    def _verify(self, job: _Job, work: Work, right: int) -> None:
-        """Note how good a draft was."""
-        self._generation(job).verified(len(work.draft), right)
+    def _draft(self, twin: Twin, generations: list[Generation], runner: Runner) -> dict[int, list[int]]:
+        """The twin's drafts, by call, for those that the text itself gave none, where it pays. Without the lock."""
+        wanting = [generation for generation in generations if generation.room > 0 and not generation.sequence.draft]
+        length = twin.length(len(wanting), runner.cost) if wanting else 0
+        try:
+            return twin.draft(wanting, length) if length else {}
+        except torch.AcceleratorError:
+            raise
+        except Exception as error:  # noqa: BLE001 (nobody's text depends on a draft; translate() logs what is unknown)
+            translate(error, "drafting by a twin")
+            return {}
+
+    def _verify(self, job: _Job, work: Work, right: int, twin: Twin | None) -> None:
+        """Note how good a draft was, and whose."""
+        if twin is None:
+            self._generation(job).verified(len(work.draft), right)
+        else:
+            twin.verified(len(work.draft), right)
         self._count(self._drafted, job.spec.key, len(work.draft))
         self._count(self._drafted_right, job.spec.key, right)
 

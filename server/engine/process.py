@@ -34,6 +34,9 @@ class EngineSettings(Protocol):
     @property
     def speculation(self) -> str: ...
 
+    @property
+    def twin_precision(self) -> str | None: ...
+
 
 def worker_command(settings: EngineSettings, socket_fd: int, threads: int | None) -> list[str]:
     """The worker's command line. None leaves the threads to the worker: every core that this process may use."""
@@ -41,6 +44,8 @@ def worker_command(settings: EngineSettings, socket_fd: int, threads: int | None
     command = [sys.executable, "-P", "-m", "server.engine.worker", "--socket-fd", str(socket_fd)]
     command += ["--device", settings.device, "--max-waiting", str(settings.max_waiting)]
     command += ["--speculation", settings.speculation]
+    if settings.twin_precision is not None:
+        command += ["--twin-precision", settings.twin_precision]
     if settings.memory_budget_bytes is not None:
         command += ["--memory-budget-bytes", str(settings.memory_budget_bytes)]
     if threads is not None:

@@ -69,6 +69,12 @@ class Residents:
             resident = self._residents.get(spec.key)
             return resident.variant.runner if resident is not None and resident.spec == spec else None
 
+    def runner_of(self, key: VariantKey) -> Runner | None:
+        """What runs the variant under this name, None where none is resident."""
+        with self.changed:
+            resident = self._residents.get(key)
+            return None if resident is None else resident.variant.runner
+
     def pin(self, key: VariantKey) -> None:
         """`key`, which must be resident, stays until it is unpinned as often."""
         with self.changed:

@@ -216,9 +216,9 @@ class Sampler:
             logits = logits.masked_fill(self._constraint.forbidden(), _MINUS_INFINITY)
         return logits
 
-    def draw(self) -> float:
-        """The random number in [0, 1) of the next token."""
-        return uniform(self._seed, self._index)
+    def draw(self, ahead: int = 0) -> float:
+        """The random number in [0, 1) of the next token, or of the one `ahead` behind it."""
+        return uniform(self._seed, self._index + ahead)
 
     def accept(self, token: int) -> None:
         """`token` is the next one."""
@@ -276,7 +276,22 @@ def decide(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
     return torch.stack([tokens, (~peaks.isfinite()).long(), (~(low.isfinite() & high.isfinite())).long()])
 
 
-def _draw(shifted: Tensor, samplers: Sequence[Sampler]) -> Tensor:
+def guess(logits: Tensor, samplers: Sequence[Sampler], ahead: int) -> list[int]:
+    """What each would choose after its row of `logits` [rows, vocab] as the token `ahead` behind its next one.
+
+    Penalties, bias and grammar are left out, and nothing is accepted: these are drafts.
+    """
+    logits = logits.float()
+    peaks, tokens = logits.max(-1)
+    if drawn := [row for row, sampler in enumerate(samplers) if not sampler.greedy]:
+        rows = move(torch.tensor(drawn), logits.device)
+        shifted = logits[rows] - peaks[rows, None]
+        tokens = tokens.index_copy(0, rows, _draw(shifted, [samplers[row] for row in drawn], ahead))
+    found: list[int] = tokens.clamp(0, logits.shape[-1] - 1).tolist()  # of logits that are not numbers, any token will do
+    return found
+
+
+def _draw(shifted: Tensor, samplers: Sequence[Sampler], ahead: int = 0) -> Tensor:
     """Tokens of rows whose best logit is 0, by temperature, top-k, top-p, min-p and each sampler's random number."""
     device = shifted.device
 
@@ -294,4 +309,4 @@ def _draw(shifted: Tensor, samplers: Sequence[Sampler]) -> Tensor:
     if some := [row for row, option in enumerate(options) if option.min_p]:
         rows = move(torch.tensor(some), device)
         logits[rows] = keep_min_p(logits[rows], column([options[row].min_p for row in some]))
-    return choose(logits, [sampler.draw() for sampler in samplers])
+    return choose(logits, [sampler.draw(ahead) for sampler in samplers])

@@ -130,6 +130,10 @@ class Scheduler:
         return self._pool.used / self._pool.total
 
     @property
+    def pool(self) -> BlockPool:
+        return self._pool
+
+    @property
     def total_blocks(self) -> int:
         return self._pool.total
 

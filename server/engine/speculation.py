@@ -64,14 +64,22 @@ class StepCost:
 
     def growing_share(self, sequences: int) -> float:
         """Share of a step of `sequences` tokens that grows with their number, from 0 to 1: what one more token costs, times all of them."""
-        variance = self._weight * self._rows2 - self._rows**2
-        if self._weight < 4 or variance < 1e-3 * self._rows2 * self._weight:
-            slope, base = _ROWS_SHARE, 1.0 - _ROWS_SHARE
-        else:
-            slope = (self._weight * self._product - self._rows * self._seconds) / variance
-            base = (self._seconds - slope * self._rows) / self._weight
+        slope, base = self._line() or (_ROWS_SHARE, 1.0 - _ROWS_SHARE)
         growing = slope * sequences
         return 1.0 if growing + base <= 0 else min(max(growing / (growing + base), 0.0), 1.0)
+
+    def seconds(self, rows: int) -> float | None:
+        """Of a step of `rows` tokens; None where too little was measured to tell."""
+        line = self._line()
+        return None if line is None else max(0.0, line[0] * rows + line[1])
+
+    def _line(self) -> tuple[float, float] | None:
+        """Slope and base, None before steps of different sizes were measured."""
+        variance = self._weight * self._rows2 - self._rows**2
+        if self._weight < 4 or variance < 1e-3 * self._rows2 * self._weight:
+            return None
+        slope = (self._weight * self._product - self._rows * self._seconds) / variance
+        return slope, (self._seconds - slope * self._rows) / self._weight
 
 
 class Drafting:

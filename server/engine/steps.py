@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -29,6 +30,9 @@ def compute(executor: Executor, step: Step, generations: Mapping[int, Generation
         if work.samples:
             generations[work.sequence.call].sampler.prepare()
     logits = _forward(executor, step.work, generations)
+    for index, work in enumerate(step.work):
+        if work.draft and not _is_sound(logits[index], work):
+            logits[index] = _without_draft(executor, work, generations)
     outcomes: list[Outcome] = []
     for work, rows in zip(step.work, logits, strict=True):
         outcomes.append(rows if isinstance(rows, PrecisError) else _score(generations[work.sequence.call], work, rows))
@@ -48,7 +52,7 @@ def compute(executor: Executor, step: Step, generations: Mapping[int, Generation
                 outcomes[index] = (*before, found)
             elif not before:
                 outcomes[index] = found  # else the next step comes to the same failure, with what was right told before
-        active = [index for index in active if _goes_on(step.work[index], outcomes[index], generations)]
+        active = [index for index in active if _goes_on(step.work[index], outcomes[index], logits[index], generations)]
         drafted += 1
     return outcomes
 
@@ -59,12 +63,26 @@ def _next_row(logits: Tensor | PrecisError, work: Work, drafted: int) -> Tensor:
     return logits[work.end - work.logits_from - 1 + drafted]
 
 
-def _goes_on(work: Work, outcome: Outcome, generations: Mapping[int, Generation]) -> bool:
-    """Whether the newest token is the draft's, so that the logits behind it hold."""
-    if isinstance(outcome, PrecisError) or not 0 < len(outcome) <= len(work.draft):
+def _goes_on(work: Work, outcome: Outcome, logits: Tensor | PrecisError, generations: Mapping[int, Generation]) -> bool:
+    """Whether the newest token is the draft's, so that the logits behind it hold; there are none where the draft was dropped."""
+    assert isinstance(logits, Tensor), "who failed is not active"
+    if isinstance(outcome, PrecisError) or not 0 < len(outcome) <= len(logits) - (work.end - work.logits_from):
         return False
     token, _ = outcome[-1]
     return token == work.draft[len(outcome) - 1] and not generations[work.sequence.call].ends_with(token)
+
+
+def _is_sound(logits: Tensor | PrecisError, work: Work) -> bool:
+    """Whether what is known of a sequence was computed well beside its draft."""
+    return isinstance(logits, Tensor) and bool(torch.isfinite(logits[: work.end - work.logits_from]).all())
+
+
+def _without_draft(executor: Executor, work: Work, generations: Mapping[int, Generation]) -> Tensor | PrecisError:
+    """Logits of `work` again: nobody fails for a token that was only guessed. The newest token stands in the draft's place, so that
+    nothing of it stays in the cache, where a NaN would spoil products that leave it out."""
+    stand_in = (work.sequence.tokens[work.end - 1],) * len(work.draft)
+    (logits,) = _forward(executor, [replace(work, draft=stand_in)], generations)
+    return logits if isinstance(logits, PrecisError) else logits[: work.end - work.logits_from]
 
 
 def _score(generation: Generation, work: Work, rows: Tensor) -> Outcome:

@@ -137,6 +137,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--memory-budget-bytes", type=int, help="what residents may hold; default 80 %% of what is free")
     parser.add_argument("--max-waiting", type=int, default=64, help="requests that may wait")
     parser.add_argument("--speculation", choices=("off", "lookup"), default="lookup", help="guess tokens and verify them, where that pays")
+    parser.add_argument("--twin-precision", help="variant of each checkpoint that drafts for the others, while it is resident and idle")
     parser.add_argument("--threads", type=int, help="of a matrix product; default: cores of this process")
     return parser.parse_args(arguments)
 
@@ -157,7 +158,13 @@ def main(arguments: list[str]) -> int:
     connection = socket.socket(fileno=options.socket_fd)
     writer = _Writer(connection)
     residents = Residents(FolderLoader(device), Ledger(budget), device)
-    loop = Loop(residents, writer.emit, max_waiting=options.max_waiting, speculates=options.speculation == "lookup")
+    loop = Loop(
+        residents,
+        writer.emit,
+        max_waiting=options.max_waiting,
+        speculates=options.speculation == "lookup",
+        twin_precision=options.twin_precision,
+    )
     writer.emit(Hello(pid=os.getpid(), device=str(device)))
     writer.emit(Stats(stats=loop.stats()))
     _start(_await_sigterm, terminated, loop)

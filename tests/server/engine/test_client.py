@@ -28,6 +28,7 @@ class Options:
     memory_budget_bytes: int | None = 1 << 30
     max_waiting: int = 8
     speculation: str = "lookup"
+    twin_precision: str | None = None
 
 
 def run(test: Callable[[EngineClient], Awaitable[None]], options: Options | None = None, grace: float = 0.0) -> None:
@@ -79,7 +80,7 @@ def test_streams_of_several_requests_at_once(specs: dict[str, VariantSpec]) -> N
             assert isinstance(started, Started)
             assert len(tokens) == 5
             assert isinstance(finished, Finished)
-        assert streams[0] == streams[2]
+        assert streams[0][:-1] == streams[2][:-1], "only how much of the one prompt was read again may differ"
         stats = typed.stats()
         assert stats is not None
         assert stats.memory.used_bytes > 0
@@ -253,7 +254,8 @@ def test_no_torch_here_and_no_orphan_there() -> None:
         from types import SimpleNamespace
         from server.engine.client import EngineClient
         async def main():
-            engine = EngineClient(SimpleNamespace(device="cpu", memory_budget_bytes=None, max_waiting=1), threads=1)
+            settings = SimpleNamespace(device="cpu", memory_budget_bytes=None, max_waiting=1, speculation="off", twin_precision=None)
+            engine = EngineClient(settings, threads=1)
             await engine.start()
             assert "torch" not in sys.modules
             print(engine._worker.pid, flush=True)

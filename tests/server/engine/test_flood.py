@@ -20,6 +20,7 @@ class Options:
     memory_budget_bytes: int | None = 1 << 28
     max_waiting: int = QUEUE
     speculation: str = "lookup"
+    twin_precision: str | None = None
 
 
 class Flood:

@@ -61,12 +61,12 @@ def trouble(module: torch.nn.Module, arguments: tuple[torch.Tensor], output: tor
 class Bench:
     """A loop and everything that it said."""
 
-    def __init__(self, budget: int = PLENTY, max_waiting: int = 64, speculates: bool = False) -> None:
+    def __init__(self, budget: int = PLENTY, max_waiting: int = 64, speculates: bool = False, twin: str | None = None) -> None:
         self.loader = InstrumentedLoader()
         self.ledger = Ledger(budget)
         self.residents = Residents(self.loader, self.ledger, CPU)
         self.said: list[Report] = []
-        self.loop = Loop(self.residents, self.said.append, max_waiting=max_waiting, speculates=speculates)
+        self.loop = Loop(self.residents, self.said.append, max_waiting=max_waiting, speculates=speculates, twin_precision=twin)
 
     def submit(self, call: int, spec: VariantSpec, prompt: tuple[int, ...] = (1, 2, 3), **sampling: object) -> None:
         options = {"max_tokens": 3, "temperature": 0, **sampling}
@@ -410,6 +410,55 @@ def test_speculation_changes_the_steps_and_no_token(specs: dict[str, VariantSpec
     assert [[event for event in events if isinstance(event, Token)] for events in plain] == [
         [event for event in events if isinstance(event, Token)] for events in guessed
     ]
+
+
+def cache_usage(bench: Bench, spec: VariantSpec) -> float:
+    runner = bench.residents.runner(spec)
+    assert runner is not None and runner.scheduler is not None
+    return runner.scheduler.usage
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_a_twin_drafts_and_changes_no_token(specs: dict[str, VariantSpec], temperature: float) -> None:
+    """Texts without repetitions, so that lookup has nothing to say; the twin is the same model in fewer bits.
+
+    It knows no logit_bias, so it also guesses tokens that make the model raise or compute what is no number, which must hurt nobody.
+    """
+    told = []
+    free = {POISON: -100.0, NAN: -100.0}
+    for twin in (None, "bf16"):
+        with running(Bench(speculates=twin is not None, twin=twin)) as bench:
+            bench.load(90, specs["fp32"])
+            bench.load(91, specs["bf16"])
+            for call in range(1, 6):
+                prompt = tuple(range(20 + call, 60 + 3 * call))
+                options = {"max_tokens": 40 + call, "temperature": temperature, "seed": call, "logit_bias": free}
+                bench.submit(call, specs["fp32"], prompt=prompt, **options)
+            assert [bench.last(call) for call in range(1, 6) if not isinstance(bench.last(call), Finished)] == []
+            told.append([[event for event in bench.events(call) if isinstance(event, Token)] for call in range(1, 6)])
+            stats = bench.loop.stats()
+            if twin is not None:
+                wait_for(lambda: cache_usage(bench, specs["bf16"]) == 0)
+                assert stats.drafted["tiny@fp32"] >= stats.drafted_right["tiny@fp32"] > 0
+                wait_for(lambda: not bench.ledger.pinned(specs["bf16"].key))
+    assert told[0] == told[1]
+
+
+def test_a_twin_gives_way_to_requests_of_its_own_and_to_unloading(specs: dict[str, VariantSpec]) -> None:
+    with running(Bench(speculates=True, twin="bf16")) as bench:
+        bench.load(90, specs["fp32"])
+        bench.load(91, specs["bf16"])
+        bench.submit(1, specs["fp32"], prompt=tuple(range(20, 60)), max_tokens=2000, logit_bias={POISON: -100.0, NAN: -100.0})
+        wait_for(lambda: bench.loop.stats().drafted.get("tiny@fp32", 0) > 0)
+        bench.submit(2, specs["bf16"], max_tokens=30)
+        assert isinstance(bench.last(2), Finished)
+        drafted = bench.loop.stats().drafted["tiny@fp32"]
+        wait_for(lambda: bench.loop.stats().drafted["tiny@fp32"] > drafted)
+        bench.loop.unload(92, specs["bf16"].key)
+        assert bench.reply(92).failed is None
+        bench.loop.cancel(1)
+        assert isinstance(bench.last(1), Finished)
+        assert bench.loop.stats().kv_cache_usage == {"tiny@fp32": 0.0}
 
 
 DIGITS = '{"grammars": [{"json_schema": {"type": "array", "items": {"type": "integer", "maximum": 99}, "maxItems": 4}}]}'
