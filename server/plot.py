@@ -11,6 +11,7 @@ from quantizers.errors import InvalidInput
 from quantizers.report import Activations, Report
 from server.comparison import Comparison
 
+STRONGEST = 64  # channels that are drawn: the others lie together
 FLOOR = 1e-5  # nats a token: where the logarithmic axis ends, and fp32 itself, which loses nothing, is drawn
 
 
@@ -81,18 +82,23 @@ def _errors(axes: Axes, found: Comparison) -> None:
 
 def _outliers(axes: Axes, before: Activations, after: dict[str, Activations]) -> None:
     for label, activations in {"the checkpoint": before, **after}.items():
-        axes.plot([each.outlier for each in activations.inputs], marker=".", linewidth=1, label=label)
+        axes.plot([each.outlier for each in activations.inputs], linewidth=1, label=label)
     axes.set(xlabel="input of linear layers, in the order of the model", ylabel="largest channel / median channel", yscale="log")
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
 
 
 def _channels(axes: Axes, before: Activations, after: dict[str, Activations]) -> None:
-    """Scaled by the median, since only proportions cost an int8 token its resolution."""
+    """The strongest channels of the checkpoint. Scaled by the median, since only proportions cost an int8 token its resolution."""
+    strongest = sorted(range(len(before.channels)), key=lambda channel: -before.channels[channel])[:STRONGEST]
     for label, activations in {"the checkpoint": before, **after}.items():
         ordered = sorted(activations.channels)
         median = ordered[len(ordered) // 2] or 1.0
-        axes.plot([value / median for value in activations.channels], linewidth=1, label=label)
-    axes.set(xlabel=f"channel of the input of {before.widest}", ylabel="largest magnitude / median channel", yscale="log")
+        axes.plot([activations.channels[channel] / median for channel in strongest], linewidth=1, label=label)
+    axes.set(
+        xlabel=f"the {len(strongest)} strongest channels of {len(before.channels)}, input of {before.widest}",
+        ylabel="largest magnitude / median channel",
+        yscale="log",
+    )
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
