@@ -45,7 +45,6 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """Every command with its options."""
-    """Every command with its options."""
     parser = _Parser(prog="precis", description="Serve quantized language models, and see what every precision costs.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=_Parser)
 

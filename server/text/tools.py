@@ -99,7 +99,7 @@ class _Object:
                 self.text += text[: at + 1]
                 self._find_name()
                 return text[at + 1 :]
-            if self._depth == 1 and character == "}" and self.name is not None and self._arguments_end is None:
+            if self._depth == 1 and character in "}]" and self.name is not None and self._arguments_end is None:
                 self._arguments_end = len(self.text) + at + 1
         self.text += text
         self._find_name()
