@@ -208,7 +208,7 @@ class _Walk:
         samples, length = (0, 0) if calibration is None else calibration.tokens.shape
         device = self._device.type
         predicted = predict_peak_of(self._model, self._keys, self._recipe, self._source, samples, length, device, keeps_artifact)
-        self._progress(Progress("try", 0, len(self._layers), None, predicted.total))
+        self._progress(Progress("try", 0, len(self._layers), None, predicted_peak_bytes=predicted.total))
         return predicted
 
     def check(self) -> None:
@@ -291,7 +291,7 @@ class _Walk:
     def _trains(self, index: int, blocks: int, step: int, steps: int, loss: float, _left: float) -> None:
         """Training is what takes long: the share of the run is that of the steps."""
         done, total = index * steps + step, blocks * steps
-        self._progress(Progress("train", done, total, self.elapsed() / done * (total - done), loss))
+        self._progress(Progress("train", done, total, self.elapsed() / done * (total - done), loss=loss))
 
     def _compare_formats(self, first: Block, stack: Iterable[str]) -> None:
         """Layers that share an input in the first block do so in all of them: one format, which the last block is not to find out."""
