@@ -85,8 +85,8 @@ class Block:
         self.name = name
         self.module = module
         self.training = training or Training()
-        self.layers = self._layers = linear_layers(module, name)
-        self.linears = {full: _as_linear(layer) for full, layer in self._layers.items()}
+        self.layers = linear_layers(module, name)
+        self.linears = {full: _as_linear(layer) for full, layer in self.layers.items()}
         self.schemes = {full: schemes[full] for full in self.linears if full in schemes}
         self._take, self._index, self._streams = take, index, streams
         self._left = set(self.schemes)
@@ -97,7 +97,7 @@ class Block:
         self._executed: dict[str, Callable[[nn.Module, tuple[Any, ...]], Any]] = {}  # how quantized layers round their inputs
         self.groups: tuple[Group, ...] = ()
         if streams is not None:
-            self.groups = find_groups(module, name, self._layers, *streams.sample(index))
+            self.groups = find_groups(module, name, self.layers, *streams.sample(index))
 
     def members(self, group: Group) -> tuple[tuple[str, ...], QuantizedScheme | None]:
         """The layers of a group that are to be quantized, and their format; None where there are none.
@@ -110,7 +110,7 @@ class Block:
         """Run the full-precision stream through the unquantized block, a chunk at a time; `see` is given each group's input in it, fp32
         [tokens, in_features].
         """
-        streams = self._flowing()
+        streams = self.streams
         assert streams.full is not None, "the method asks for the full stream"
         assert len(self._left) == len(self.schemes), "the full-precision stream runs before the first layer is quantized"
         output = torch.empty_like(streams.full) if self._next_full is None else self._next_full
@@ -118,8 +118,8 @@ class Block:
             with ExitStack() as stack:
                 for group in self.groups:
                     hook = _input_hook(lambda x, group=group, chunk=chunk: see(group, chunk.tokens(x)))  # type: ignore[misc]
-                    stack.callback(self._layers[group.names[0]].register_forward_pre_hook(hook).remove)
-                output[chunk.samples] = chunk.calls[self._index].run(self.module, streams.full[chunk.samples])
+                    stack.callback(self.layers[group.names[0]].register_forward_pre_hook(hook).remove)
+                output[chunk.samples] = self.run_chunk(chunk, streams.full[chunk.samples])
         self._next_full = output
 
     def quantize_in_order(self, wanted: frozenset[Stream], see: SeeBoth, choose: Choose) -> None:
@@ -128,10 +128,10 @@ class Block:
         For every group, `see` is given its input chunk by chunk: in the quantized stream, as the layers will see it, and for the same
         tokens in the full stream if that is `wanted` too, both fp32 [tokens, in_features]. Then `choose` returns its weights.
         """
-        streams = self._flowing()
+        streams = self.streams
         assert streams.quantized is not None, "the method asks for the quantized stream"
         samples = len(streams.quantized)
-        follow = {"module": self.module, "index": self._index, "layers": self._layers, "groups": self.groups, "samples": samples}
+        follow = {"module": self.module, "index": self._index, "layers": self.layers, "groups": self.groups, "samples": samples}
         quantized = Replay(**follow, weights={}, hooks=self._executed, ahead=False)  # type: ignore[arg-type]
         full = Replay(**follow, weights=self._whole, hooks={}, ahead=True) if "full" in wanted else None  # type: ignore[arg-type]
         assert full is None or streams.full is not None, "the method asks for the full stream"
@@ -156,7 +156,7 @@ class Block:
 
     def _full_input(self, full: Replay, step: int, chunk: Chunk) -> Tensor:
         """The last run of a chunk also gives the block's output."""
-        streams = self._flowing()
+        streams = self.streams
         assert streams.full is not None
         x, output = full.group_input(step, chunk, streams.full[chunk.samples])
         if output is not None:
@@ -169,14 +169,9 @@ class Block:
 
     def _forget_whole(self, full: Replay) -> None:
         """Unquantized weights of layers that the full stream runs no more."""
-        chunks = self._flowing().chunks
+        chunks = self.streams.chunks
         for name in [name for name in self._whole if all(full.has_kept(name, chunk) for chunk in chunks)]:
             del self._whole[name]
-
-    @property
-    def calibration_tokens(self) -> int:
-        """How many tokens flow, padding left out."""
-        return self._flowing().token_count
 
     def run_chunk(self, chunk: Chunk, hidden: Tensor) -> Tensor:
         """The output of the block as it is now for the `hidden` states [samples, length, hidden_size] of a chunk."""
@@ -185,11 +180,12 @@ class Block:
     @property
     def streams(self) -> Streams:
         """The calibration tokens at this block."""
-        return self._flowing()
+        assert self._streams is not None, "only a method with `needs_calibration` asks for calibration tokens"
+        return self._streams
 
     def expected(self) -> Tensor:
         """What the unquantized block makes of the full stream, fp32 [samples, length, hidden_size]; to be asked for before any `put`."""
-        streams = self._flowing()
+        streams = self.streams
         assert streams.full is not None, "the method asks for the full stream"
         if self._next_full is None:
             assert len(self._left) == len(self.schemes), "the full-precision stream runs before the first layer is quantized"
@@ -202,7 +198,7 @@ class Block:
 
     def run_sample(self) -> tuple[Tensor, Tensor]:
         """Input and output of the block as it is now, fp32 [1, length, hidden_size], for the first sample."""
-        call, hidden = self._flowing().sample(self._index)
+        call, hidden = self.streams.sample(self._index)
         return hidden, call.run(self.module, hidden)
 
     def put(self, name: str, weight: QuantizedWeight) -> None:
@@ -212,14 +208,14 @@ class Block:
         """
         if name not in self._left:
             raise QuantizationFailed("was handed over twice or is no layer of this block", layer=name)
-        if self._streams is not None and self._streams.full is not None and self._next_full is None and not self._keeps_whole:
-            self._next_full = self._streams.run(self.module, self._index, self._streams.full)  # the last moment: the block is whole
+        if self._streams is not None and self._streams.full is not None and not self._keeps_whole:
+            self.expected()  # the last moment: the block is whole
         self._left.remove(name)
         floating, quantized = self.linears[name].weight, weight.dequantize()
         self._take(name, weight, squares(floating - quantized), squares(floating))
         if self._streams is not None and self._streams.quantized is not None:
             if self._keeps_whole:
-                self._whole[name] = self._layers[name].weight.detach().clone()  # type: ignore[operator]
+                self._whole[name] = self.layers[name].weight.detach().clone()  # type: ignore[operator]
             floating.copy_(quantized)
             if getattr(weight.scheme, "activation_bits", None):
                 self._executed[name] = lambda _, args: (executed_tokens(args[0]), *args[1:])
@@ -235,15 +231,11 @@ class Block:
             # Its own tensor, unless this is the first block: there it is the other stream's input too, which is read no more.
             with ExitStack() as stack:
                 for name, hook in self._executed.items():
-                    stack.callback(self._layers[name].register_forward_pre_hook(hook).remove)
+                    stack.callback(self.layers[name].register_forward_pre_hook(hook).remove)
                 streams.run_into(streams.quantized, self.module, self._index, streams.quantized)
         if streams.full is not None:
             assert self._next_full is not None, "made at the first `put` at the latest"
             streams.full = self._next_full
-
-    def _flowing(self) -> Streams:
-        assert self._streams is not None, "only a method with `needs_calibration` asks for calibration tokens"
-        return self._streams
 
     def _as_executed(self, group: Group, x: Tensor) -> Tensor:
         return executed_tokens(x) if getattr(self.members(group)[1], "activation_bits", None) else x

@@ -51,7 +51,7 @@ class SmoothQuant(Method):
         from quantizers.smoothing import move_scales
 
         seen: dict[Group, _Seen] = {}
-        step = max(1, block.calibration_tokens // _SEARCH_TOKENS)
+        step = max(1, block.streams.token_count // _SEARCH_TOKENS)
 
         def see(group: "Group", x: "Tensor") -> None:
             if group.norm is None:

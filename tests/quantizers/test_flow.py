@@ -92,7 +92,7 @@ def test_padding_is_not_shown(tiny: Callable, samples_of_a_chunk: int) -> None:
         rows[group] += len(x)
 
     block.watch(see)
-    assert list(rows.values()) == [8 * 24 - 12] * 4 and block.calibration_tokens == 8 * 24 - 12
+    assert list(rows.values()) == [8 * 24 - 12] * 4 and block.streams.token_count == 8 * 24 - 12
 
 
 class _Skipping(nn.Module):
