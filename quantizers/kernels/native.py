@@ -6,7 +6,7 @@ scale. A row's result is the same to the bit at any batch size, thread count and
 """
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,15 @@ from quantizers.scheme import IntegerScheme
 from quantizers.weights import QuantizedWeight, Spec, is_plain_int8
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Form(NamedTuple):
+    """Fields of `library.Matrix` that a format decides: the kind of kernel, bits of a code, inputs of a group, kind of zero."""
+
+    kind: int
+    bits: int
+    group: int
+    zero: int = 0
 
 
 class NativeWeightOnly(Kernel):
@@ -39,8 +48,6 @@ class NativeWeightOnly(Kernel):
     def prepare(self, weight: QuantizedWeight) -> dict[str, Tensor]:
         assert isinstance(self.layer.scheme, IntegerScheme)
         tensors = {name: tensor.contiguous() for name, tensor in weight.tensors.items()}
-        matrix = self.matrix(0, None)
-        packed = library.aligned_bytes(library.packed_bytes(matrix))
         source = library.Source(
             codes=tensors["codes"].data_ptr(),
             row_bytes=tensors["codes"].shape[1],
@@ -49,8 +56,14 @@ class NativeWeightOnly(Kernel):
             zero_point=tensors["zero_point"].data_ptr() if "zero_point" in tensors else None,
             minimum=tensors["minimum"].data_ptr() if "minimum" in tensors else None,
         )
+        return {"packed": self._pack(source)}
+
+    def _pack(self, source: library.Source) -> Tensor:
+        """The matrix in the kernel's layout. What `source` points to must still be there."""
+        matrix = self.matrix(0, None)
+        packed = library.aligned_bytes(library.packed_bytes(matrix))
         library.call(library.library().precis_pack, source, matrix, packed.data_ptr(), library.threads())
-        return {"packed": packed}
+        return packed
 
     def run(self, x: Tensor, buffers: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
         tokens = x.reshape(-1, self.layer.in_features).float().contiguous()
@@ -71,15 +84,16 @@ class NativeWeightOnly(Kernel):
         scale = packed[..., 16 * group :].contiguous().view(torch.float16)[each, :, row]
         return ((codes.float() - 128) * scale.float().unsqueeze(-1)).view(len(indices), self.layer.in_features)
 
-    def matrix(self, data: int, bias: int | None) -> library.Matrix:
-        """The layer for the C interface, with its packed weight at the address `data` and its fp32 bias, if any, at `bias`."""
+    def form(self) -> Form:
+        """What the C interface has to know of the format."""
         scheme = self.layer.scheme
         assert isinstance(scheme, IntegerScheme)
+        return Form(self.kind, scheme.weight_bits, scheme.group_size or self.layer.in_features, library.ZEROS[scheme.zero])
+
+    def matrix(self, data: int, bias: int | None) -> library.Matrix:
+        """The layer for the C interface, with its packed weight at the address `data` and its fp32 bias, if any, at `bias`."""
         return library.Matrix(
-            kind=self.kind,
-            bits=scheme.weight_bits,
-            group=scheme.group_size or self.layer.in_features,
-            zero=library.ZEROS[scheme.zero],
+            **self.form()._asdict(),
             rows=self.layer.out_features,
             columns=self.layer.in_features,
             data=data,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from quantizers.kernels.base import LayerKind
 from quantizers.kernels.cpu import library
-from quantizers.kernels.native import NativeWeightOnly, has_native_shape
+from quantizers.kernels.native import Form, NativeWeightOnly, has_native_shape
 from quantizers.minifloat import E2M1
 from quantizers.scheme import BNB_BLOCK, BnbScheme, MinifloatScheme
 from quantizers.weights import FP4_TABLE, NF4_TABLE, QuantizedScheme, QuantizedWeight, block_absmax
@@ -64,14 +64,11 @@ class NativeCodebook(NativeWeightOnly):
         return book is not None and has_native_shape(layer) and layer.in_features % book.group == 0
 
     def prepare(self, weight: QuantizedWeight) -> dict[str, Tensor]:
-        matrix = self.matrix(0, None)
         codes, scale, factor = _packed_rows(weight)
         values = struct.pack("16Bf", *(level + _OFFSET for level in self._book.whole), factor * self._book.unit)
         header = torch.frombuffer(bytearray(values.ljust(library.HEADER_BYTES, b"\0")), dtype=torch.uint8)
-        packed = library.aligned_bytes(library.packed_bytes(matrix))
         source = library.Source(codes=codes.data_ptr(), row_bytes=codes.shape[1], flip=0, scale=scale.data_ptr(), header=header.data_ptr())
-        library.call(library.library().precis_pack, source, matrix, packed.data_ptr(), library.threads())
-        return {"packed": packed}
+        return {"packed": self._pack(source)}
 
     @property
     def _book(self) -> Book:
@@ -79,17 +76,8 @@ class NativeCodebook(NativeWeightOnly):
         assert book is not None
         return book
 
-    def matrix(self, data: int, bias: int | None) -> library.Matrix:
-        return library.Matrix(
-            kind=self._book.kind,
-            bits=4,
-            group=self._book.group,
-            zero=0,
-            rows=self.layer.out_features,
-            columns=self.layer.in_features,
-            data=data,
-            bias=bias,
-        )
+    def form(self) -> Form:
+        return Form(self._book.kind, 4, self._book.group)
 
 
 def _packed_rows(weight: QuantizedWeight) -> tuple[Tensor, Tensor, float]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from quantizers.kernels.base import LayerKind
 from quantizers.kernels.cpu import library
-from quantizers.kernels.native import NativeWeightOnly, has_native_shape
+from quantizers.kernels.native import Form, NativeWeightOnly, has_native_shape
 from quantizers.scheme import MinifloatScheme
 from quantizers.weights import QuantizedWeight
 
@@ -30,14 +30,5 @@ class NativeE4m3(NativeWeightOnly):
         packed[-len(scale) :] = scale
         return {"packed": packed}
 
-    def matrix(self, data: int, bias: int | None) -> library.Matrix:
-        return library.Matrix(
-            kind=self.kind,
-            bits=8,
-            group=self.layer.in_features,
-            zero=0,
-            rows=self.layer.out_features,
-            columns=self.layer.in_features,
-            data=data,
-            bias=bias,
-        )
+    def form(self) -> Form:
+        return Form(self.kind, 8, self.layer.in_features)

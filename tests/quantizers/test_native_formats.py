@@ -1,7 +1,6 @@
 """The native kernels of code books and of fp8 against the numbers that they are packed from, each other, and hostile inputs."""
 
 import struct
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,7 +16,14 @@ from quantizers.methods.rtn import quantize_minifloat
 from quantizers.minifloat import e4m3_values
 from quantizers.scheme import BnbScheme, MinifloatScheme, parse_scheme
 from quantizers.weights import QuantizedWeight, block_absmax
-from tests.quantizers.test_native_linear import SUM_ERROR, available, relative, rounded_by_32
+from tests.quantizers.test_native_linear import (
+    SUM_ERROR,
+    assert_alike_in_any_company,
+    available,
+    relative,
+    restore,  # noqa: F401  after every test here too
+    rounded_by_32,
+)
 
 pytestmark = pytest.mark.skipif(library.missing() is not None, reason=f"native kernels are {library.missing()}")
 
@@ -25,14 +31,6 @@ CODEBOOKS = ("nf4", "fp4", "nf4dq", "fp4dq", "mxfp4", "nvfp4")
 FORMATS = (*CODEBOOKS, "fp8")
 # Of a product, where the levels of NF4 and FP4 are rounded to integers (0.5 and 0.3 %) and inputs to 8 bits (0.8 % of a normal one).
 LEVELS_ROUNDED = 1.1e-2
-
-
-@pytest.fixture(autouse=True)
-def restore() -> Iterator[None]:
-    best, threads = library.instruction_set(), torch.get_num_threads()
-    yield
-    library.select_instruction_set(best)
-    torch.set_num_threads(threads)
 
 
 def quantized(slug: str, weight: Tensor) -> QuantizedWeight:
@@ -89,15 +87,7 @@ def test_levels_of_e2m1_are_exact_and_those_of_bitsandbytes_within_half_a_unit()
 @pytest.mark.parametrize("slug", FORMATS)
 def test_results_do_not_depend_on_batch_threads_or_instruction_set(slug: str) -> None:
     kernel, buffers, _ = layer(slug, 50, 256)
-    x = torch.randn(14, 256)
-    torch.set_num_threads(2)
-    expected = kernel.run(x, buffers, None)
-    for name in available():
-        library.select_instruction_set(name)
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            assert torch.equal(kernel.run(x, buffers, None), expected), (name, threads)
-            assert torch.equal(torch.cat([kernel.run(row, buffers, None) for row in x.split(1)]), expected), (name, threads)
+    assert_alike_in_any_company(kernel, buffers)
 
 
 @given(rows=st.integers(1, 70), tokens=st.integers(1, 20), groups=st.integers(1, 5), slug=st.sampled_from(FORMATS), seed=st.integers(0, 99))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quantizers.errors import InvalidInput
-from quantizers.kernels import KERNELS, LayerKind, select
+from quantizers.kernels import KERNELS, Kernel, LayerKind, select
 from quantizers.kernels.cpu import library
 from quantizers.methods.rtn import quantize_nearest
 from quantizers.packing import pack
@@ -71,6 +71,19 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return ((found.double() - expected).norm() / expected.norm()).item()
 
 
+def assert_alike_in_any_company(kernel: Kernel, buffers: dict[str, Tensor]) -> None:
+    """The same to the bit alone and in a batch, on any number of threads, with any instruction set; for layers of 256 inputs."""
+    x = torch.randn(14, 256)
+    torch.set_num_threads(2)
+    expected = kernel.run(x, buffers, None)
+    for name in available():
+        library.select_instruction_set(name)
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            assert torch.equal(kernel.run(x, buffers, None), expected), (name, threads)
+            assert torch.equal(torch.cat([kernel.run(row, buffers, None) for row in x.split(1)]), expected), (name, threads)
+
+
 @pytest.mark.parametrize("scheme", WEIGHT_ONLY, ids=lambda scheme: scheme.slug)
 def test_weight_only_is_the_dequantized_weight_times_the_rounded_input(scheme: IntegerScheme) -> None:
     kernel, buffers, weight = layer(scheme, 50, 384)  # 50 rows: the last block is ragged
@@ -82,15 +95,7 @@ def test_weight_only_is_the_dequantized_weight_times_the_rounded_input(scheme: I
 @pytest.mark.parametrize("scheme", [*WEIGHT_ONLY, *INT8_TOKENS, W8A8], ids=lambda scheme: scheme.slug)
 def test_results_do_not_depend_on_batch_threads_or_instruction_set(scheme: IntegerScheme) -> None:
     kernel, buffers, _ = layer(scheme, 50, 256)
-    x = torch.randn(14, 256)
-    torch.set_num_threads(2)
-    expected = kernel.run(x, buffers, None)
-    for name in available():
-        library.select_instruction_set(name)
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            assert torch.equal(kernel.run(x, buffers, None), expected), (name, threads)
-            assert torch.equal(torch.cat([kernel.run(row, buffers, None) for row in x.split(1)]), expected), (name, threads)
+    assert_alike_in_any_company(kernel, buffers)
 
 
 @given(

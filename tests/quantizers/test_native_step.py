@@ -1,7 +1,6 @@
 """The fused step against transformers, and against itself in other company: alone, in a batch, in chunks, on other threads."""
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from quantizers.model import load_model
 from quantizers.recipe import parse_recipe
 from quantizers.scheme import HEAD8, BnbScheme, IntegerScheme, MinifloatScheme
 from quantizers.shared import SharedTensors
+from tests.quantizers.test_native_linear import restore  # noqa: F401  after every test here too
 
 pytestmark = pytest.mark.skipif(library.missing() is not None, reason=f"native kernels are {library.missing()}")
 
@@ -83,14 +83,6 @@ CONFIGS = {
     "qwen2 with windows in some layers": Qwen2Config(**SMALL, use_sliding_window=True, sliding_window=21, max_window_layers=1),
     "qwen3": Qwen3Config(**SMALL, head_dim=32),
 }
-
-
-@pytest.fixture(autouse=True)
-def restore() -> Iterator[None]:
-    best, threads = library.instruction_set(), torch.get_num_threads()
-    yield
-    library.select_instruction_set(best)
-    torch.set_num_threads(threads)
 
 
 def small(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
