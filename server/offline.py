@@ -99,7 +99,9 @@ def _measure(store: Store, checkpoint: Checkpoint, slugs: list[str], windows: to
     with ExitStack() as stack, bar("evaluating") as share:
 
         def load(slug: str, how: Load = load_model) -> LoadedModel:
-            loaded = _load(store, checkpoint, slug, target, shared, how)
+            recipe = parse_recipe(slug)
+            artifact = None if recipe.is_baseline else store.variants.get(checkpoint.name, slug).tensors()
+            loaded = how(config, recipe, checkpoint.tensors(), artifact, device=target, shared=shared, checkpoint_key=checkpoint.digest)
             stack.callback(loaded.close)
             return loaded
 
@@ -113,13 +115,6 @@ def _measure(store: Store, checkpoint: Checkpoint, slugs: list[str], windows: to
     for slug, report in reports.items():
         reports[slug] = _keep(store, checkpoint, slug, report)
     return reports
-
-
-def _load(store: Store, checkpoint: Checkpoint, slug: str, device: str, shared: SharedTensors, how: Load) -> LoadedModel:
-    recipe = parse_recipe(slug)
-    config = AutoConfig.from_pretrained(checkpoint.dir, local_files_only=True)
-    artifact = None if recipe.is_baseline else store.variants.get(checkpoint.name, slug).tensors()
-    return how(config, recipe, checkpoint.tensors(), artifact, device=device, shared=shared, checkpoint_key=checkpoint.digest)
 
 
 def _keep(store: Store, checkpoint: Checkpoint, slug: str, report: Report) -> Report:

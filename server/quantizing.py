@@ -52,10 +52,10 @@ def make_variant(
     """Quantize and commit. Raises Conflict where the variant exists, QuantizationFailed naming the layer, InvalidInput for a baseline, a
     calibration text that is too short, or calibration options for a recipe whose methods look at no tokens.
     """
-    recipe = parse_recipe(slug)
+    recipe, target = parse_recipe(slug), resolve_device(device)
     source = store.checkpoints.get(checkpoint)
     config = AutoConfig.from_pretrained(source.dir, local_files_only=True)
-    tokens = _calibrate(recipe, source, config, calibration, store, resolve_device(device), progress)
+    tokens = _calibrate(recipe, source, config, calibration, store, target, progress)
     with store.variants.create(checkpoint, slug) as draft:
         with SafetensorsWriter(draft.dir / "model.safetensors") as writer:
             result = quantize(
@@ -64,9 +64,9 @@ def make_variant(
                 recipe,
                 writer,
                 calibration=tokens,
-                device=resolve_device(device),
+                device=target,
                 progress=progress,
-                memory_limit=measure(torch.device(resolve_device(device))).free,
+                memory_limit=measure(torch.device(target)).free,
             )
         progress(Progress("write", result.bytes, result.bytes, 0.0))
         manifest = Manifest(
@@ -75,14 +75,13 @@ def make_variant(
             recipe=recipe,
             slug=slug,
             facts=asdict(result),
-            canary=_canary(source, recipe, draft.dir / "model.safetensors", resolve_device(device)).model_dump(),
+            canary=_canary(source, config, recipe, draft.dir / "model.safetensors", target).model_dump(),
         )
         return draft.commit(manifest)
 
 
-def _canary(checkpoint: Checkpoint, recipe: Recipe, artifact: Path, device: str) -> Canary:
+def _canary(checkpoint: Checkpoint, config: PretrainedConfig, recipe: Recipe, artifact: Path, device: str) -> Canary:
     """What the written artifact gives the canary's text, one pass over a few tokens in each of two types."""
-    config = AutoConfig.from_pretrained(checkpoint.dir, local_files_only=True)
     length = min(TOKENS, checkpoint.max_position_embeddings or TOKENS)
     tokens = Tokenizer(checkpoint.dir).encode_now(TEXT)[:length]
 
