@@ -79,7 +79,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=64, help=f"calibration samples of {LENGTH} tokens")
     parser.add_argument("--windows", type=int, default=24, help=f"evaluation windows of {LENGTH} tokens")
     parser.add_argument("--threads", type=int, help="of torch")
-    parser.add_argument("--options", type=json.loads, default={}, help='JSON of options by method, such as \'{"gptq": {"damping": 0.02}}\'')
     parser.add_argument("--only-fp32", action="store_true", help="leave the serving kernels out")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path, help=".svg or .png")
@@ -96,7 +95,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     reference = load_fp32(config, source)
     rows = []
     for slug in arguments.recipes:
-        recipe = with_options(parse_recipe(slug), arguments.options)
+        recipe = parse_recipe(slug)
         calibration = (
             calibrate_on(encode, calibration_text(), samples=arguments.samples, length=LENGTH) if recipe.needs_calibration else None
         )
@@ -115,12 +114,6 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         for model in models.values():
             model.close()
     return rows
-
-
-def with_options(recipe: Recipe, options: dict[str, dict[str, Any]]) -> Recipe:
-    """The recipe with other options for the methods that `options` names."""
-    methods = [method.model_dump() | options.get(method.name, {}) for method in recipe.methods]
-    return Recipe.model_validate({"methods": methods, "scheme": recipe.scheme.model_dump(), "head": recipe.head})
 
 
 def load_fp32(config: PretrainedConfig, source: TensorSource) -> LoadedModel:
@@ -149,7 +142,6 @@ def load_dequantized(config: PretrainedConfig, source: TensorSource, recipe: Rec
 def _facts(recipe: Recipe, result: QuantizationResult, seconds: float) -> dict[str, Any]:
     return {
         "recipe": recipe.slug,
-        "options": {method.name: method.model_dump(exclude={"name"}) for method in recipe.methods},
         "seconds": round(seconds, 1),
         "peak_mb": round(result.peak_bytes / 1e6),
         "predicted_peak_mb": round(result.predicted_peak_bytes / 1e6),

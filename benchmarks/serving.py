@@ -20,12 +20,11 @@ from openai import OpenAI
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.peers.__main__ import PEERS, PROMPTS, Running, demo_checkpoint
+from benchmarks.peers.__main__ import PEERS, PROMPTS, demo_variants, start_ours
 from benchmarks.throughput import Settings, decode_speed
-from model_store.store import Store
 from server.engine.client import EngineClient
 from server.engine.interface import VariantKey, VariantSpec
-from server.quantizing import ensure_variant
+from server.sources import DEMO
 
 CONTEXT = 119
 
@@ -59,7 +58,7 @@ class Http:
         """Tokens a second between the first and the last that the client sees."""
         prompt = [random.randrange(100, 40000) for _ in range(CONTEXT)]
         stream = self._client.completions.create(
-            model=f"demo@{recipe}",
+            model=f"{DEMO}@{recipe}",
             prompt=prompt,
             max_tokens=tokens,
             temperature=0,
@@ -83,21 +82,16 @@ class Http:
 
 
 async def measure(options: argparse.Namespace) -> list[dict[str, float | str]]:
-    demo = demo_checkpoint()
-    artifacts: dict[str, str] = {}
-    with Store(PEERS / "data") as store:
-        for slug in options.recipes:
-            baseline = slug in ("bf16", "fp32")
-            artifacts[slug] = "" if baseline else str(ensure_variant(store, "demo", slug, device="cpu", progress=lambda _: None).dir)
+    demo, artifacts = demo_variants(options.recipes, Console())
     engine = EngineClient(Settings(device="cpu"), threads=options.threads)
     await engine.start()
     http = Http(options.recipes)
     best: dict[tuple[str, str], float] = {}
     try:
         for slug in options.recipes:
-            key = VariantKey(model="demo", precision=slug)
+            key = VariantKey(model=DEMO, precision=slug)
             info = await engine.load(VariantSpec(key=key, checkpoint_dir=str(demo), artifact_dir=artifacts[slug] or None))
-            step = Running.start("Precis", slug, Path(sys.executable), "ours.py", f"{demo}:{slug}:{artifacts[slug]}", options.threads)
+            step = start_ours(demo, slug, artifacts[slug], options.threads)
             step.run("load", "load")
             http.decode(slug, options.tokens)  # loads it
             for _ in range(options.rounds):

@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -21,12 +22,12 @@ from rich.progress import Progress
 from rich.table import Table
 
 from model_store.store import Store
+from quantizers.recipe import parse_recipe
 from server.quantizing import ensure_variant
-from server.sources import demo_file
+from server.sources import DEMO, demo_file, open_demo
 
 HERE = Path(__file__).parent
-CACHE = HERE.parent.parent / ".cache"
-PEERS = CACHE / "peers"
+PEERS = HERE.parent.parent / ".cache" / "peers"
 ENVIRONMENTS = {  # name -> what pip installs there
     "llama.cpp": ("llama-cpp-python==0.3.36", "numpy"),
     "OpenVINO": ("openvino-genai==2026.4.1.0", "numpy"),
@@ -103,10 +104,15 @@ def environment(name: str, console: Console) -> Path:
     return python
 
 
+def start_ours(demo: Path, slug: str, artifact: str, threads: int) -> Running:
+    return Running.start("Precis", slug, Path(sys.executable), "ours.py", f"{demo}:{slug}:{artifact}", threads)
+
+
 def start(options: argparse.Namespace, console: Console) -> list[Running]:
     """All contenders, ours first, none loaded yet."""
-    demo, threads = demo_checkpoint(), options.threads
-    running = [Running.start("Precis", slug, Path(sys.executable), "ours.py", path, threads) for slug, path in artifacts(demo, console)]
+    threads = options.threads
+    demo, artifacts = demo_variants(PAIRS.values(), console)
+    running = [start_ours(demo, slug, artifact, threads) for slug, artifact in artifacts.items()]
     if "llama.cpp" in options.only:
         python = environment("llama.cpp", console)
         formats = PEERS / "gguf"
@@ -125,31 +131,16 @@ def start(options: argparse.Namespace, console: Console) -> list[Running]:
     return running
 
 
-def demo_checkpoint() -> Path:
-    """The demo model as a checkpoint's folder, made once."""
-    from model_store.formats.gguf import convert_gguf_apart
-
-    target = CACHE / "demo"
-    if not target.is_dir():
-        convert_gguf_apart(demo_file(), CACHE / "demo.part")
-        (CACHE / "demo.part").rename(target)
-    return target
-
-
-def artifacts(demo: Path, console: Console) -> list[tuple[str, str]]:
-    """(recipe, what `ours.py` takes) of every variant, quantized on first use."""
-    found = []
-    with Store(PEERS / "data") as store:
-        if "demo" not in [checkpoint.name for checkpoint in store.checkpoints.list()]:
-            store.checkpoints.import_folder("demo", demo)
-        for slug in PAIRS.values():
-            if slug == "bf16":
-                found.append((slug, f"{demo}:{slug}:"))
-                continue
-            console.print(f"quantizing {slug}")
-            variant = ensure_variant(store, "demo", slug, device="cpu", progress=lambda _: None)
-            found.append((slug, f"{demo}:{slug}:{variant.dir}"))
-    return found
+def demo_variants(recipes: Iterable[str], console: Console) -> tuple[Path, dict[str, str]]:
+    """Folder of the demo checkpoint, and the folder of each recipe's artifact, empty for a baseline; made on first use."""
+    with Store(PEERS / "data") as store, console.status("preparing the demo model") as status:
+        checkpoint = open_demo(store, lambda stage, _: status.update(stage))
+        found = {}
+        for slug in recipes:
+            status.update(f"quantizing {slug}")
+            is_baseline = parse_recipe(slug).is_baseline
+            found[slug] = "" if is_baseline else str(ensure_variant(store, DEMO, slug, device="cpu", progress=lambda _: None).dir)
+        return checkpoint.dir, found
 
 
 def measure(running: list[Running], rounds: int, console: Console) -> None:
