@@ -52,7 +52,7 @@ class Precis:
         tables, starts, rows = self._tables[:count], _range(count + 1), _range(count)
         for _ in range(steps):
             logits = self._step.forward(self._tokens, self._positions, starts, tables, rows)
-            self._tokens = logits.argmax(-1).numpy().astype(np.int32)
+            self._tokens = logits.numpy().argmax(-1).astype(np.int32)  # the threads of torch's would spin beside the next step
             self._positions += np.int32(1)
 
 
