@@ -354,10 +354,14 @@ def _computed_buffers(model: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
 def fill_computed_buffers(model: PreTrainedModel, device: torch.device) -> None:
     """As `from_pretrained` does: the model's own initialization computes them. It runs while every parameter is still on the meta device,
     where drawing weights costs nothing, and before layers are replaced, whose weights an architecture's initialization may ask for.
+
+    A model initializes itself only once, so a second call leaves everything as it is, and buffers must be kept until then.
     """
-    for module, name, buffer in _computed_buffers(model):
+    missing = [(module, name, buffer) for module, name, buffer in _computed_buffers(model) if buffer.device.type == "meta"]
+    for module, name, buffer in missing:
         module._buffers[name] = torch.empty_like(buffer, device=device)
-    model.initialize_weights()
+    if missing:
+        model.initialize_weights()
 
 
 def _measured(plan: _Plan, shared: SharedTensors, keys: list[SharedKey]) -> LoadedModel:

@@ -247,7 +247,7 @@ class _Walk:
             self._materialise(name, module)
             block = Block(name, module, {}, self._take, index=index, streams=streams)
             groups |= offers(block, index, streams, self._layers)
-            module.to("meta")
+            self._free(f"{name}.{tensor}" for tensor in module.state_dict())
             trim_heap()
             self._progress(Progress("measure", index + 1, len(stack), self.elapsed() / (index + 1) * (len(stack) - index - 1)))
         weights = sum(rows * columns for rows, columns in self._shapes(name for names in groups for name in names))
@@ -264,8 +264,7 @@ class _Walk:
         tokens, mask = calibration.tokens.to(self._device), calibration.mask.to(self._device)
         chunk = min((method.chunk_tokens for method in self._recipe.methods if method.chunk_tokens), default=None)
         streams = open_streams(self._model, list(blocks.values()), tokens, mask, wanted, chunk_tokens=chunk)
-        for name in before:
-            put_tensor(self._model, name, torch.empty(self._source.shape(self._keys[name]), device="meta"))
+        self._free(before)
         trim_heap()
         return streams
 
@@ -284,7 +283,7 @@ class _Walk:
                     Rtn(name="rtn").apply(block)
             block.finish(last=index == len(stack) - 1)
             self._write_changed(name, module, set(block.schemes))
-            module.to("meta")
+            self._free(f"{name}.{tensor}" for tensor in module.state_dict())
             del block
             trim_heap()
 
@@ -329,6 +328,11 @@ class _Walk:
         for name in module.state_dict():
             full = f"{prefix}.{name}"
             put_tensor(self._model, full, self._copy(self._source.get(self._keys[full]), full))
+
+    def _free(self, names: Iterable[str]) -> None:
+        """Forget tensors of the checkpoint. What the model computed for itself stays: it does that only once."""
+        for name in names:
+            put_tensor(self._model, name, torch.empty(self._source.shape(self._keys[name]), device="meta"))
 
     def _copy(self, tensor: Tensor, name: str) -> Tensor:
         """In fp32 on the device; a copy, since methods change weights and the source's may be a mapped file."""

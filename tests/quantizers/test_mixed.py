@@ -1,6 +1,6 @@
 """Mixed precision and overrides: budgets are kept, bits go where the error falls most, and what was given is what is loaded."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import product
 
 import pytest
@@ -16,7 +16,7 @@ from quantizers.pipeline import quantize
 from quantizers.recipe import parse_recipe
 from quantizers.scheme import IntegerScheme
 from quantizers.shared import SharedTensors
-from tests.quantizers.conftest import calibration_tokens
+from tests.quantizers.conftest import MemoryTensors, calibration_tokens
 
 WIDTHS = (2, 3, 4, 8)
 Groups = dict[tuple[str, ...], list[Offer]]
@@ -83,6 +83,24 @@ def test_a_mixed_variant_keeps_its_budget_and_loads_as_it_was_given(tiny: Callab
     loaded = load_model(model.config, parse_recipe(slug), checkpoint, artifact, device="cpu", shared=SharedTensors(), checkpoint_key="")
     found = {name: module.scheme.slug for name, module in loaded.model.named_modules() if isinstance(module, QuantizedLinear)}
     assert found == schemes
+
+
+@pytest.fixture
+def nan_memory() -> Iterator[None]:
+    """Memory that nobody wrote to reads as NaN."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("nan_memory")
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "falcon"])
+def test_the_second_walk_finds_what_the_model_computed_for_itself(tiny: Callable, family: str) -> None:
+    model, checkpoint = tiny(family)
+    recipe, tokens = parse_recipe("gptq-mix4g32z"), calibration_tokens()
+    result = quantize(model.config, checkpoint, recipe, MemoryTensors().__setitem__, calibration=tokens)
+    assert max(layer.relative_error for layer in result.layers) < 1, "rotary frequencies and masks of the first walk are still there"
 
 
 def test_mixed_beats_uniform_at_equal_bits(tiny: Callable) -> None:
