@@ -14,7 +14,7 @@ from quantizers.activations import quantize_tokens
 from quantizers.blocks import layer_shape, linear_layers
 from quantizers.errors import InvalidInput, QuantizationFailed
 from quantizers.flow import Chunk, Group, Streams, find_groups
-from quantizers.methods.base import Stream
+from quantizers.methods.base import Method, Stream
 from quantizers.replay import Replay
 from quantizers.weights import QuantizedScheme, QuantizedWeight
 
@@ -191,6 +191,24 @@ class Block:
             assert len(self._left) == len(self.schemes), "the full-precision stream runs before the first layer is quantized"
             self._next_full = streams.run(self.module, self._index, streams.full)
         return self._next_full
+
+    def rehearse(self, method: Method) -> dict[str, QuantizedWeight]:
+        """What `method` would hand over for this block, which with its streams is afterwards as it was."""
+        weights = {name: layer.weight.detach().clone() for name, layer in self.linears.items()}
+        chosen: dict[str, QuantizedWeight] = {}
+        stage = Block(
+            self.name,
+            self.module,
+            self.schemes,
+            lambda name, weight, *_: chosen.__setitem__(name, weight),
+            index=self._index,
+            streams=self.streams.copy(),
+        )
+        method.apply(stage)
+        for name, weight in weights.items():
+            self.linears[name].weight.copy_(weight)
+        self._next_full = stage._next_full
+        return chosen
 
     def submodule(self, name: str) -> nn.Module:
         """The module of this block with that full name."""

@@ -6,6 +6,7 @@ embeddings, whatever else the architecture hands over) and passes the hidden sta
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,10 +40,13 @@ class Call:
 
 @dataclass(frozen=True)
 class BlockInputs:
-    """`hidden` fp32 [samples, length, hidden_size] is the first block's input; `calls` has one entry a block."""
+    """`hidden` fp32 [samples, length, hidden_size] is the first block's input; `calls` has one entry a block. in_tuple: blocks return their
+    hidden states as the first of a tuple.
+    """
 
     hidden: Tensor
     calls: tuple[Call, ...]
+    in_tuple: bool = False
 
 
 def block_inputs(model: PreTrainedModel, blocks: Sequence[nn.Module], tokens: Tensor, mask: Tensor) -> BlockInputs:
@@ -60,7 +64,7 @@ def block_inputs(model: PreTrainedModel, blocks: Sequence[nn.Module], tokens: Te
             try:
                 model.base_model(input_ids=tokens, attention_mask=mask, use_cache=False)
             except _Done:
-                return BlockInputs(recorder.hidden[0], tuple(recorder.calls))
+                return BlockInputs(recorder.hidden[0], tuple(recorder.calls), in_tuple)
             except (_Unexpected, TypeError, ValueError, IndexError, AttributeError) as error:
                 failure = error
     raise InvalidInput(
@@ -185,15 +189,29 @@ class Streams:
     """
 
     def __init__(
-        self, hidden: Tensor, chunks: Sequence[Chunk], sample_calls: tuple[Call, ...], mask: Tensor, wanted: frozenset[Stream]
+        self,
+        hidden: Tensor,
+        chunks: Sequence[Chunk],
+        sample_calls: tuple[Call, ...],
+        mask: Tensor,
+        wanted: frozenset[Stream],
+        *,
+        in_tuple: bool = False,
     ) -> None:
         """`sample_calls` are those of the first sample alone; `mask` int64 [samples, length] is 1 where a token counts."""
         self.full = hidden if "full" in wanted else None
         self.quantized = hidden if "quantized" in wanted else None
         self.chunks = tuple(chunks)
+        self.in_tuple = in_tuple
         self._sample_calls = sample_calls
         self.token_count = int(mask.sum())
         self._kept = _kept(mask)
+
+    def copy(self) -> "Streams":
+        """Streams that move on without these."""
+        copied = copy(self)
+        copied.quantized = None if self.quantized is None else self.quantized.clone()
+        return copied
 
     def run(self, block: nn.Module, index: int, hidden: Tensor) -> Tensor:
         """The output of block `index` for all samples."""
@@ -247,4 +265,5 @@ def open_streams(
         hidden[rows] = inputs.hidden
         chunks.append(Chunk(rows, inputs.calls, _kept(mask[rows])))
     assert hidden is not None, "a calibration has samples"
-    return Streams(hidden, chunks, block_inputs(model, blocks, tokens[:1], mask[:1]).calls, mask, wanted)
+    sample = block_inputs(model, blocks, tokens[:1], mask[:1])
+    return Streams(hidden, chunks, sample.calls, mask, wanted, in_tuple=sample.in_tuple)

@@ -136,6 +136,12 @@ def minimum_grid(scale: Tensor, minimum: Tensor, scheme: IntegerScheme, layer: s
     return Grid(scheme, _to_fp16(scale, layer), minimum=_finite_fp16(minimum, layer))
 
 
+def grid_of(weight: QuantizedWeight) -> Grid:
+    """The grid that `weight`, of an integer format, lies on."""
+    assert isinstance(weight.scheme, IntegerScheme), "formats of bitsandbytes have no grid"
+    return Grid(weight.scheme, weight.tensors["scale"], weight.tensors.get("zero_point"), weight.tensors.get("minimum"))
+
+
 def learned_grid(scale: Tensor, zero: Tensor | None, scheme: IntegerScheme, layer: str) -> Grid:
     """The stored form of trained numbers fp32 [out, G]: `zero` is in codes for integer zero points, in weights for minimums."""
     if scheme.zero == "minimum":

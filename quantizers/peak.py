@@ -27,6 +27,8 @@ from quantizers.weights import QuantizedScheme, tensor_specs
 _FP32 = 4  # bytes
 # What a process comes to hold besides tensors: the empty model, and what libraries make when they first run.
 _PROCESS = 8 << 20
+# What training keeps of a token: a layer's input in bf16 and what made it, its output; logits, both distributions, gradients.
+_KEPT_OF_INPUTS, _KEPT_OF_OUTPUTS, _LOGITS = 1.5, 1.0, 5
 _HOLES = 8  # a part of the activations in this is what the heap keeps between them
 
 
@@ -82,12 +84,15 @@ def predict_peak_of(
 ) -> PeakBytes:
     """The same with what was found already: the empty `model`, and which tensor of the source fills which of its parameters."""
     formats = recipe_layers(model, recipe)
-    artifact = sum(_stored(scheme, *layer_shape(model.get_submodule(name))) for name, scheme in formats.items()) if keeps_artifact else 0
+    kept = keeps_artifact or recipe.has_finish  # until the whole is done nothing is written
+    artifact = sum(_stored(scheme, *layer_shape(model.get_submodule(name))) for name, scheme in formats.items()) if kept else 0
     worst = PeakBytes(artifact, 0, 0, 0, 0)
     for prefix, block in decoder_blocks(model).items():
         shapes = {name: layer_shape(model.get_submodule(name)) for name in formats if name.startswith(f"{prefix}.")}
         inside = _Inside(model, block, shapes, recipe, samples, length)
         worst = max(worst, *inside.moments(artifact), key=lambda each: each.total)
+    if recipe.has_finish:
+        worst = max(worst, _whole(model, keys, source, recipe, samples, length, artifact), key=lambda each: each.total)
     if recipe.needs_calibration:
         worst = max(worst, _opening(model, keys, source, recipe, samples, length, device, artifact), key=lambda each: each.total)
     return worst
@@ -188,6 +193,30 @@ def _opening(
         samples = min(samples, MIXED_SAMPLES)
     hidden = model.config.get_text_config(decoder=True).hidden_size * _FP32
     return PeakBytes(artifact, size, samples * length * hidden, 3 * min(samples * length, CHUNK_TOKENS) * hidden, 0)
+
+
+def _whole(
+    model: PreTrainedModel, keys: Mapping[str, str], source: TensorSource, recipe: Recipe, samples: int, length: int, artifact: int
+) -> PeakBytes:
+    """While a method trains the whole model: what is not quantized in fp32, the streams that are left, and for one step's tokens what all
+    blocks keep for their gradients and some tensors of the size of the vocabulary.
+    """
+    method, text = recipe.methods[-1], model.config.get_text_config(decoder=True)
+    shapes = {name: layer_shape(model.get_submodule(name)) for name in recipe_layers(model, recipe)}
+    inside = {name: shape for name, shape in shapes.items() if name.startswith(tuple(f"{block}." for block in decoder_blocks(model)))}
+    rest = {key for name, key in keys.items() if name.removesuffix(".weight") not in inside}
+    unquantized = sum(torch.Size(source.shape(key)).numel() * _FP32 for key in rest if source.dtype(key) != torch.float32)
+    tokens = min(samples, max(1, (method.chunk_tokens or CHUNK_TOKENS) // length)) * length if samples else 0
+    inputs = sum(columns for _, columns in inside.values())
+    outputs = sum(rows for rows, _ in inside.values())
+    kept = tokens * _FP32 * (_KEPT_OF_INPUTS * inputs + _KEPT_OF_OUTPUTS * outputs)
+    return PeakBytes(
+        2 * artifact,
+        unquantized,
+        len(method.streams()) * samples * length * text.hidden_size * _FP32,
+        int(kept) + _LOGITS * tokens * text.vocab_size * _FP32,
+        method.whole_bytes(sum(rows * columns for rows, columns in inside.values())),
+    )
 
 
 def _groups(shapes: Mapping[str, tuple[int, int]]) -> LayerGroups:

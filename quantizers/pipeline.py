@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
+from transformers.pytorch_utils import Conv1D
 
 from quantizers.block import Block, BlockLoss, Training, one_format, squares
 from quantizers.blocks import decoder_blocks, layer_shape
@@ -32,6 +33,7 @@ from quantizers.recipe import Recipe
 from quantizers.scheme import FloatScheme, IntegerScheme, MixedScheme
 from quantizers.skeleton import match_tensors, put_tensor, skeleton
 from quantizers.tensors import TensorSink, TensorSource
+from quantizers.training.whole import Whole
 from quantizers.trial import check_formats, largest, try_layer
 from quantizers.weights import QuantizedScheme, QuantizedWeight, join_rows
 
@@ -135,7 +137,10 @@ def quantize(
         if calibration is not None and isinstance(recipe.scheme, MixedScheme):
             walk.give_widths(calibration.first(MIXED_SAMPLES), recipe.scheme)
         wanted = frozenset[Stream](stream for method in recipe.methods for stream in method.streams())
-        walk.blocks(walk.streams(calibration, wanted) if calibration is not None and wanted else None)
+        streams = walk.streams(calibration, wanted) if calibration is not None and wanted else None
+        walk.blocks(streams)
+        if calibration is not None and streams is not None and recipe.has_finish:
+            walk.whole(calibration, streams)
         walk.rest()
     return QuantizationResult(
         tuple(walk.results),
@@ -192,10 +197,14 @@ class _Walk:
         self._model = skeleton(config, torch.float32)
         self._keys = match_tensors(self._model, source)
         self._layers = recipe_layers(self._model, recipe)
+        self._inside = tuple(f"{name}." for name in decoder_blocks(self._model))
         self._kinds = {name: type(self._model.get_submodule(name)).__name__ for name in self._layers}
         self._source, self._recipe, self._sink, self._device, self._progress = source, recipe, sink, device, progress
         self.results: list[LayerResult] = []
         self._checkpoints = checkpoints
+        self._waiting: dict[str, tuple[QuantizedWeight, float, float]] = {}  # for a method's work on the whole model
+        self._floating: dict[str, Tensor] = {}  # what it makes them from, fp32 [out, in]
+        self._changed_to: dict[str, Tensor] = {}  # norms and biases that it needs then: vectors
         self.changed: list[str] = []
         self.trained: list[BlockLoss] = []
         self.bytes = 0
@@ -278,14 +287,61 @@ class _Walk:
                 self._compare_formats(block, stack)
             with memory_for(name):
                 for method in self._recipe.methods:
+                    if method.keeps_floating:
+                        self._floating |= {name: block.linears[name].weight.detach().clone() for name in block.schemes}
                     method.apply(block)
                 if self._recipe.methods[-1].role == "smoother":
                     Rtn(name="rtn").apply(block)
-            block.finish(last=index == len(stack) - 1)
+            last = index == len(stack) - 1
+            block.finish(last=last)
+            if last and streams is not None and self._recipe.has_finish:
+                streams.full = block.expected()
             self._write_changed(name, module, set(block.schemes))
             self._free(f"{name}.{tensor}" for tensor in module.state_dict())
             del block
             trim_heap()
+
+    def whole(self, calibration: Calibration, streams: Streams) -> None:
+        """All blocks are quantized: let the last method work on the model as a whole, and write what it leaves."""
+        weights = {name: weight for name, (weight, _, _) in self._waiting.items()}
+        rest = [name for name in self._keys if name.removesuffix(".weight") not in weights]
+        for name in rest:
+            tensor = self._changed_to[name] if name in self._changed_to else self._source.get(self._keys[name])
+            put_tensor(self._model, name, tensor.to(device=self._device, dtype=torch.float32))
+        assert streams.full is not None, "the method asks for the full stream"
+        whole = Whole(
+            self._model,
+            tuple(decoder_blocks(self._model).values()),
+            weights,
+            self._floating,
+            calibration.tokens.to(self._device),
+            calibration.mask.to(self._device),
+            streams.full,
+            streams.chunks,
+            streams.in_tuple,
+            Training(self._checkpoints, self._trains_whole, self.trained.append),
+        )
+        with memory_for("the whole model"):
+            finished = self._recipe.methods[-1].finish(whole)
+        self._free(rest)
+        self._floating.clear()
+        del whole
+        trim_heap()
+        waiting, self._waiting = self._waiting, {}
+        for name, (before, error, norm) in waiting.items():
+            assert finished[name].scheme == before.scheme
+            if len(self._recipe.methods) == 1:  # a transform before it has changed what the error is counted from
+                original = self._original(name)
+                error, norm = squares(original - finished[name].dequantize()), squares(original)
+            self._write_layer(name, finished[name], error, norm)
+
+    def _trains_whole(self, step: int, steps: int, loss: float, left: float) -> None:
+        self._progress(Progress("train", step, steps, left, loss=loss))
+
+    def _original(self, name: str) -> Tensor:
+        """The checkpoint's own weight of a layer, fp32 [out, in]."""
+        weight = self._copy(self._source.get(self._keys[f"{name}.weight"]), name)
+        return weight.T if isinstance(self._model.get_submodule(name), Conv1D) else weight
 
     def _trains(self, index: int, blocks: int, step: int, steps: int, loss: float, _left: float) -> None:
         """Training is what takes long: the share of the run is that of the steps."""
@@ -351,18 +407,27 @@ class _Walk:
                 _check_finite(tensor, name)
                 self._write(name, tensor)
                 self.changed.append(name)
+                if self._recipe.has_finish:
+                    self._changed_to[name] = tensor.cpu().clone()
 
     def _write(self, name: str, tensor: Tensor) -> None:
         self.bytes += tensor.nbytes
         self._sink(name, tensor.cpu())
 
     def _take(self, name: str, quantized: QuantizedWeight, error: float, norm: float) -> None:
-        """Write a layer out and report it. `error` and `norm` are sums of squares."""
+        """A layer that a method handed over. `error` and `norm` are sums of squares."""
+        if self._recipe.has_finish and name.startswith(self._inside):
+            self._waiting[name] = (quantized, error, norm)
+        else:
+            self._write_layer(name, quantized, error, norm)
+        done, total = len(self.results) + len(self._waiting), len(self._layers)
+        self._progress(Progress("quantize", done, total, self.elapsed() / done * (total - done)))
+
+    def _write_layer(self, name: str, quantized: QuantizedWeight, error: float, norm: float) -> None:
+        """Write a layer out and report it."""
         relative = (error / norm if norm > 0 else error) ** 0.5
         if not relative < float("inf"):
             raise QuantizationFailed(f"its quantized weights are off by {relative}: the method produced no usable numbers", layer=name)
         for tensor_name, tensor in quantized.tensors.items():
             self._write(f"{name}.{tensor_name}", tensor)
         self.results.append(LayerResult(name, quantized.scheme.slug, self._kinds[name], relative, quantized.bytes))
-        done, total = len(self.results), len(self._layers)
-        self._progress(Progress("quantize", done, total, self.elapsed() / done * (total - done)))

@@ -110,6 +110,11 @@ class Recipe(BaseModel):
         return any(method.needs_calibration for method in self.methods) or isinstance(self.scheme, MixedScheme)
 
     @property
+    def has_finish(self) -> bool:
+        """Whether the last method works on the whole model when all blocks are quantized."""
+        return bool(self.methods) and self.methods[-1].has_finish()
+
+    @property
     def slug(self) -> str:
         parts = [*map(_method_slug, self.methods), self.scheme.slug, *(override.slug for override in self.overrides)]
         return "-".join(parts + (["head8"] if self.head else []) + (["embed8"] if self.embedding else []))
@@ -139,8 +144,7 @@ def parse_recipe(slug: str) -> Recipe:
         return Recipe(scheme=FloatScheme(dtype=slug))
     words, embedding = (slug.removesuffix("-embed8"), EMBED8) if slug.endswith("-embed8") else (slug, None)
     words, head = (words.removesuffix("-head8"), HEAD8) if words.endswith("-head8") else (words, None)
-    parts = words.split("-")
-    count = next((index for index, part in enumerate(parts) if part.partition(".")[0] not in METHODS), len(parts))
+    parts, count = _method_words(words.split("-"))
     if count in (0, len(parts)):
         raise UnknownRecipe(
             f"{slug!r} is not a recipe: {parts[0]!r} is no method. A recipe is {', '.join(BASELINES)} or <method>-<format>, "
@@ -158,6 +162,18 @@ def parse_recipe(slug: str) -> Recipe:
             f"{slug!r} is written {recipe.slug!r}: options in their order, without those that are the default", param="model"
         )
     return recipe
+
+
+def _method_words(parts: list[str]) -> tuple[list[str], int]:
+    """The words of a slug, a method's name with a hyphen in one, and how many of the first name methods."""
+    words: list[str] = []
+    while parts:
+        size = next((size for size in (1, 2) if "-".join(parts[:size]).partition(".")[0] in METHODS), 0)
+        if not size:
+            break
+        words.append("-".join(parts[:size]))
+        parts = parts[size:]
+    return [*words, *parts], len(words)
 
 
 def _parse_format(text: str, slug: str) -> Scheme:

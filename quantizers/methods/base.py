@@ -12,6 +12,8 @@ from quantizers.scheme import LayerScheme
 
 if TYPE_CHECKING:
     from quantizers.block import Block
+    from quantizers.training.whole import Whole
+    from quantizers.weights import QuantizedWeight
 
 Stream = Literal["full", "quantized"]  # the tokens as the checkpoint computes them; as the quantized model so far does
 LayerGroups = tuple[tuple[tuple[int, int], ...], ...]  # of a block: groups of layers that share an input, each layer (out, in)
@@ -31,6 +33,7 @@ class Method(BaseModel):
     role: ClassVar[Literal["transform", "smoother", "quantizer"]] = "quantizer"
     needs_calibration: ClassVar[bool] = False
     changes_unquantized: ClassVar[bool] = False  # whether norms or biases of a block may change: they go into the artifact too
+    keeps_floating: ClassVar[bool] = False  # whether `finish` wants the layers' floating weights beside the quantized ones
     chunk_tokens: ClassVar[int | None] = None  # calibration tokens that run through a block at once, where that is the method's matter
 
     @classmethod
@@ -63,4 +66,16 @@ class Method(BaseModel):
 
     def apply(self, block: "Block") -> None:
         """Work on one decoder block: change its floating weights, or `block.put` quantized layers for them."""
+        raise NotImplementedError
+
+    def has_finish(self) -> bool:
+        """Whether `finish` is to be called when all blocks are quantized; nothing is written before, and the model has to fit in memory."""
+        return False
+
+    def whole_bytes(self, weights: int) -> int:
+        """What it holds beside the model while it works on the whole, whose quantized layers have so many weights."""
+        raise NotImplementedError
+
+    def finish(self, whole: "Whole") -> "dict[str, QuantizedWeight]":
+        """Work on the whole model: by full name the weights of all its quantized layers."""
         raise NotImplementedError

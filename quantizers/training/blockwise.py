@@ -9,29 +9,18 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
-from quantizers.block import Block, BlockLoss, executed_tokens
+from quantizers.block import Block, BlockLoss
 from quantizers.flow import Chunk
-from quantizers.scheme import IntegerScheme
-from quantizers.training.learned import SMALLEST_SCALE, LearnedWeight
+from quantizers.training.learned import SMALLEST_SCALE, Computes, LearnedWeight, Rounded, forward_with
 from quantizers.training.trainer import ParameterGroup, Plan, train
 from quantizers.weights import QuantizedWeight
 
-_HELD_BACK = 8  # one chunk of so many
+_HELD_BACK = 8  # one chunk of so many, and no more than so many chunks
 _SMALLEST = 1e-12  # of a token's mean square
-
-
-class _Computes(Protocol):
-    """A weight [out, in] of a layer, and the format that says whether the layer's input is rounded too."""
-
-    scheme: IntegerScheme
-
-    def __call__(self) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -52,13 +41,11 @@ def reconstruct(
 
     Raises QuantizationFailed naming the block and step where training diverges.
     """
-    chunks = block.streams.chunks
-    held = chunks[-max(1, len(chunks) // _HELD_BACK) :] if len(chunks) > 1 else chunks
-    taught = chunks[: len(chunks) - len(held)] or chunks
+    taught, held = split(block.streams.chunks)
     start = {name: each.quantized() for name, each in learned.items()}
 
     def loss_of(number: int) -> Tensor:
-        chunk = _drawn(taught, number)
+        chunk = drawn(taught, number)
         with computing_with(block, learned):
             return relative_error(block.run_chunk(chunk, inputs[chunk.samples]), expected[chunk.samples], chunk)
 
@@ -74,11 +61,22 @@ def reconstruct(
         tell=block.training.tell,
     )
     end = {name: each.quantized() for name, each in learned.items()}
-    errors = [[block_error(block, weights, inputs, expected, part) for weights in (start, end)] for part in (taught, held)]
+    errors = [[block_error(block, weights, inputs, expected, part) for weights in (start, end)] for part in (measured(taught), held)]
     (before, after), (held_before, held_after) = errors
     kept = held_after < held_before
     block.training.record(BlockLoss(block.name, plan.steps, before, after, held_before, held_after, kept))
     return end if kept else start
+
+
+def split(chunks: Sequence[Chunk]) -> tuple[Sequence[Chunk], Sequence[Chunk]]:
+    """Those that training sees and, of the last ones, those held back; the only one is both."""
+    count = max(1, min(len(chunks) // _HELD_BACK, _HELD_BACK))
+    return (chunks, chunks) if len(chunks) == 1 else (chunks[:-count], chunks[-count:])
+
+
+def measured(taught: Sequence[Chunk]) -> Sequence[Chunk]:
+    """Of the chunks that training sees as many as may be held back, since measuring all would take as long as an epoch."""
+    return taught[:_HELD_BACK]
 
 
 def _identity(inputs: Tensor, expected: Tensor, learned: Mapping[str, LearnedWeight]) -> str:
@@ -88,7 +86,7 @@ def _identity(inputs: Tensor, expected: Tensor, learned: Mapping[str, LearnedWei
     return json.dumps([sums, starts])
 
 
-def _drawn(chunks: Sequence[Chunk], number: int) -> Chunk:
+def drawn(chunks: Sequence[Chunk], number: int) -> Chunk:
     """Chunk number `number` of a training run: all of them in a random order, then all in another."""
     epoch, place = divmod(number, len(chunks))
     order = torch.randperm(len(chunks), generator=torch.Generator().manual_seed(epoch))
@@ -121,37 +119,19 @@ def relative_error(output: Tensor, expected: Tensor, chunk: Chunk) -> Tensor:
 
 def block_error(block: Block, weights: Mapping[str, QuantizedWeight], inputs: Tensor, expected: Tensor, chunks: Sequence[Chunk]) -> float:
     """The same over `chunks`, with weights rounded for good."""
-    dense = {name: _Dense(weight) for name, weight in weights.items()}
+    rounded = {name: Rounded(weight) for name, weight in weights.items()}
     total = 0.0
-    with torch.no_grad(), computing_with(block, dense):
+    with torch.no_grad(), computing_with(block, rounded):
         for chunk in chunks:
             total += float(relative_error(block.run_chunk(chunk, inputs[chunk.samples]), expected[chunk.samples], chunk))
     return total / len(chunks)
 
 
-class _Dense:
-    def __init__(self, weight: QuantizedWeight) -> None:
-        assert isinstance(weight.scheme, IntegerScheme)
-        self.scheme, self._values = weight.scheme, weight.dequantize()
-
-    def __call__(self) -> Tensor:
-        return self._values
-
-
 @contextmanager
-def computing_with(block: Block, weights: Mapping[str, _Computes]) -> Iterator[None]:
-    """Meanwhile the block's layers compute with `weights`, and round their inputs where the format says so, with straight-through
-    gradients.
-    """
+def computing_with(block: Block, weights: Mapping[str, Computes]) -> Iterator[None]:
+    """Meanwhile the block's layers compute with `weights`."""
     for name, weight in weights.items():
-        layer = block.layers[name]
-
-        def forward(x: Tensor, weight: _Computes = weight, bias: Tensor | None = layer.bias) -> Tensor:  # type: ignore[assignment]
-            if weight.scheme.activation_bits:
-                x = x + (executed_tokens(x.detach()) - x).detach()
-            return linear(x, weight(), bias)
-
-        layer.forward = forward
+        block.layers[name].forward = forward_with(weight, block.layers[name])
     try:
         yield
     finally:

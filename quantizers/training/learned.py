@@ -5,11 +5,17 @@ beyond the range of the codes gets no gradient, and the scale and the zero get o
 EfficientQAT, Chen et al. 2024, arXiv 2407.11062, section 3.2).
 """
 
-import torch
-from torch import Tensor
+from collections.abc import Callable
+from typing import Protocol
 
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from quantizers.block import executed_tokens
 from quantizers.grid import Grid, as_groups, learned_grid
 from quantizers.scheme import IntegerScheme
+from quantizers.training.product import product
 from quantizers.weights import QuantizedWeight
 
 SMALLEST_SCALE = 2.0**-24  # fp16's smallest number: a scale stays positive in training, and one that is stored
@@ -18,6 +24,43 @@ SMALLEST_SCALE = 2.0**-24  # fp16's smallest number: a scale stays positive in t
 def round_through(x: Tensor) -> Tensor:
     """Nearest integers, with the gradient of the identity."""
     return x + (x.round() - x).detach()
+
+
+class Computes(Protocol):
+    """A weight [out, in] of a layer, and the format that says whether the layer's input is rounded too."""
+
+    @property
+    def scheme(self) -> IntegerScheme: ...
+
+    def __call__(self) -> Tensor: ...
+
+
+def forward_with(weight: Computes, layer: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The forward pass of `layer` with `weight` instead of its own; int8 tokens are rounded straight through. What learns computes in a
+    quick type, what is only measured in fp32.
+    """
+    bias = layer._parameters.get("bias")
+
+    def forward(x: Tensor) -> Tensor:
+        if weight.scheme.activation_bits:
+            x = x + (executed_tokens(x.detach()) - x).detach()
+        if not torch.is_grad_enabled():
+            return linear(x, weight(), bias)
+        result = product(x, weight())
+        return result if bias is None else result + bias
+
+    return forward
+
+
+class Rounded:
+    """A layer's weight as it is when nothing learns any more."""
+
+    def __init__(self, weight: QuantizedWeight) -> None:
+        assert isinstance(weight.scheme, IntegerScheme), "training makes integer formats"
+        self.scheme, self._values = weight.scheme, weight.dequantize()
+
+    def __call__(self) -> Tensor:
+        return self._values
 
 
 class LearnedWeight:
@@ -58,5 +101,5 @@ def fake_quantize(weight: Tensor, scale: Tensor, zero: Tensor | None, scheme: In
     if scheme.zero == "integer":
         assert zero is not None
         whole = round_through(zero).clamp(0, scheme.qmax)
-        return (torch.clamp(round_through(weight / scale) + whole, 0, scheme.qmax) - whole) * scale
+        return ((round_through(weight / scale) + whole).clamp(0, scheme.qmax) - whole) * scale
     return round_through(weight / scale).clamp(scheme.qmin, scheme.qmax) * scale
