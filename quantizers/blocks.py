@@ -6,6 +6,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from quantizers.errors import InvalidInput
+from quantizers.experts import routers
 
 # Subclasses that compute just what `nn.Linear` does. Any other may not, so it is not taken for one.
 _PLAIN = frozenset({"FalconLinear"})
@@ -34,10 +35,14 @@ def _is_stack(modules: nn.ModuleList) -> bool:
 def linear_layers(block: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
     """Full name -> module of the layers that a recipe quantizes inside `block`: `nn.Linear` and GPT-2's Conv1D, whose weight is transposed.
 
-    Raises InvalidInput for weights that are neither and would be left alone in silence, such as stacked experts.
+    Routers beside experts are left out. Raises InvalidInput for weights that are neither and would be left alone in silence, such as
+    experts that are stacked in another way than `quantizers.experts` takes apart.
     """
     layers: dict[str, nn.Module] = {}
+    left_out = routers(block, prefix)
     for name, module in block.named_modules(prefix=prefix):
+        if name in left_out:
+            continue
         if type(module) in (nn.Linear, Conv1D) or (isinstance(module, nn.Linear) and type(module).__name__ in _PLAIN):
             layers[name] = module
             continue

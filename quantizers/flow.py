@@ -103,11 +103,13 @@ class _Recorder:
 class Group:
     """Linear layers of one block that take the same input, by full name in the order of their calls.
 
-    norm: full name of the normalization whose output that input is; None where it is something else's.
+    norm: full name of the normalization whose output that input is; None where it is something else's. routers: full names of modules
+    with a matrix [any, in] that take it too and are not quantized.
     """
 
     names: tuple[str, ...]
     norm: str | None
+    routers: tuple[str, ...] = ()
 
 
 def find_groups(block: nn.Module, prefix: str, layers: Mapping[str, nn.Module], call: Call, hidden: Tensor) -> tuple[Group, ...]:
@@ -117,12 +119,15 @@ def find_groups(block: nn.Module, prefix: str, layers: Mapping[str, nn.Module], 
     """
     inputs: dict[str, Tensor] = {}
     norms: dict[str, Tensor] = {}
+    readers: dict[str, Tensor] = {}
     with ExitStack() as stack:
         for name, layer in layers.items():
             stack.callback(layer.register_forward_pre_hook(_keep_input(inputs, name)).remove)
         for name, module in block.named_modules(prefix=prefix):
             if _is_norm(module):
                 stack.callback(module.register_forward_hook(_keep_output(norms, name)).remove)
+            elif name not in layers and _has_matrix(module):
+                stack.callback(module.register_forward_pre_hook(_keep_input(readers, name)).remove)
         call.run(block, hidden)
     for name in layers:
         if name not in inputs:
@@ -131,7 +136,8 @@ def find_groups(block: nn.Module, prefix: str, layers: Mapping[str, nn.Module], 
     for name, tensor in inputs.items():
         members.setdefault(_place(tensor), []).append(name)
     by_place = {_place(tensor): name for name, tensor in norms.items()}
-    return tuple(Group(tuple(names), by_place.get(place)) for place, names in members.items())
+    reading = {place: tuple(name for name, tensor in readers.items() if _place(tensor) == place) for place in members}
+    return tuple(Group(tuple(names), by_place.get(place), reading[place]) for place, names in members.items())
 
 
 def _keep_input(inputs: dict[str, Tensor], name: str) -> Any:
@@ -152,6 +158,11 @@ def _is_norm(module: nn.Module) -> bool:
     """LayerNorm, or an architecture's own kind: one vector of weights and a name that says so."""
     weight = module._parameters.get("weight")
     return weight is not None and weight.dim() == 1 and (isinstance(module, nn.LayerNorm) or "norm" in type(module).__name__.lower())
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.dim() == 2
 
 
 def _place(tensor: Tensor) -> tuple[int, int, int]:

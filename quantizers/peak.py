@@ -4,6 +4,7 @@ The peak lies inside the largest decoder block: its weights in fp32, the calibra
 layers of a block for one chunk of tokens, and what the method holds. All of it is known from shapes.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -220,8 +221,12 @@ def _whole(
 
 
 def _groups(shapes: Mapping[str, tuple[int, int]]) -> LayerGroups:
-    """Layers of one module with as many inputs are taken to share them, as q, k and v do: the data flow itself is known only later."""
+    """Layers of one module with as many inputs are taken to share them, as q, k and v do, and what the experts of a block read is one
+    tensor: the data flow itself is known only later.
+    """
     found: dict[tuple[str, int], list[tuple[int, int]]] = {}
     for name, (rows, columns) in shapes.items():
-        found.setdefault((name.rpartition(".")[0], columns), []).append((rows, columns))
+        parent, _, layer = name.rpartition(".")
+        shared = parent if layer == "down_proj" else re.sub(r"\.experts\.\d+$", ".experts", parent)
+        found.setdefault((shared, columns), []).append((rows, columns))
     return tuple(tuple(group) for group in found.values())

@@ -194,7 +194,7 @@ class _Walk:
         checkpoints: Path | None,
     ) -> None:
         self._started = time.monotonic()
-        self._model = skeleton(config, torch.float32)
+        self._model = skeleton(config, torch.float32, every_token=True)
         self._keys = match_tensors(self._model, source)
         self._layers = recipe_layers(self._model, recipe)
         self._inside = tuple(f"{name}." for name in decoder_blocks(self._model))

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from quantizers.experts import Expert
 from quantizers.flow import Chunk, Group
 
 
@@ -66,12 +67,12 @@ class Replay:
         hooks: dict[int, Callable[..., None]] = {step: reached}
         if self._ahead and step < len(self._groups) - 1:
             hooks[step + 1] = enough
-        output = self._run(chunk, hidden, settled=step if self._ahead else step - 1, hooks=hooks)
+        output = self._run(chunk, hidden, settled=step if self._ahead else step - 1, hooks=hooks, to_the_end=goes_on)
         return found[0], output
 
     def output(self, chunk: Chunk, hidden: Tensor) -> Tensor:
         """The block's output for the chunk's `hidden`; what was kept for it is dropped."""
-        output = self._run(chunk, hidden, settled=len(self._groups), hooks={})
+        output = self._run(chunk, hidden, settled=len(self._groups), hooks={}, to_the_end=True)
         assert output is not None, "nothing stops it"
         self.drop(chunk)
         return output
@@ -89,8 +90,13 @@ class Replay:
         """Whether the layer `name` runs no more for this chunk."""
         return any((part, chunk.samples.start) in self._kept for part in self._parts if self._layers[name] in set(part.modules()))
 
-    def _run(self, chunk: Chunk, hidden: Tensor, *, settled: int, hooks: Mapping[int, Callable[..., None]]) -> Tensor | None:
+    def _run(
+        self, chunk: Chunk, hidden: Tensor, *, settled: int, hooks: Mapping[int, Callable[..., None]], to_the_end: bool
+    ) -> Tensor | None:
         with ExitStack() as stack:
+            if not to_the_end:
+                for expert in self._idle([self._layers[self._groups[step].names[0]] for step in hooks]):
+                    _answer_with(stack, expert, 0.0)
             for name, weight in self._weights.items():
                 _exchange(stack, self._layers[name], weight)
             for name, hook in self._hooks.items():
@@ -107,6 +113,10 @@ class Replay:
                 return chunk.calls[self._index].run(self._module, hidden)
             except _Stop:
                 return None
+
+    def _idle(self, wanted: Sequence[nn.Module]) -> list[nn.Module]:
+        """Experts that hold none of the `wanted` layers: they compute beside each other, and only their sum would need them."""
+        return [each for each in self._module.modules() if isinstance(each, Expert) and set(wanted).isdisjoint(each.modules())]
 
     def _keep(self, part: nn.Module, chunk: Chunk, hidden: Tensor) -> Callable[..., None]:
         def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:

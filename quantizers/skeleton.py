@@ -9,6 +9,7 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from quantizers.errors import CorruptData, InvalidInput
+from quantizers.experts import names_in_checkpoints, take_apart
 from quantizers.tensors import TensorSource
 
 # Building a model sets torch's default dtype, which is one for all threads of the process: whoever computes beside a thread that
@@ -19,8 +20,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _COMPUTED = (r"(^|\.)rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"(^|\.)attn\.(masked_)?bias$")
 
 
-def skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The causal language model of `config`, in evaluation mode, every parameter and buffer on the meta device.
+def skeleton(config: PretrainedConfig, dtype: torch.dtype, *, every_token: bool = False) -> PreTrainedModel:
+    """The causal language model of `config`, in evaluation mode, every parameter and buffer on the meta device,
+    each of a mixture's experts with layers of its own. `every_token`: each of them is shown all tokens (`quantizers.experts`).
 
     Code that comes with a checkpoint is never run.
 
@@ -29,6 +31,7 @@ def skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     try:
         with BUILDING, torch.device("meta"):
             model = _build(config, dtype)
+            take_apart(model, every_token=every_token)
     except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, RuntimeError) as error:
         raise InvalidInput(
             f"transformers cannot build a causal language model of this config (model_type "
@@ -55,7 +58,8 @@ def match_tensors(model: PreTrainedModel, source: TensorSource) -> dict[str, str
     """
     keys = set(source.keys())
     wanted = model.state_dict(keep_vars=True)
-    found = {name: key for name in wanted if (key := _key(name, keys, model.base_model_prefix)) is not None}
+    names = names_in_checkpoints(model, keys)
+    found = {name: key for name in wanted if (key := _key(name, names, model.base_model_prefix)) is not None}
     used = set(found.values())
     for target, origin in model.all_tied_weights_keys.items():
         _tie(found, target, origin, source)
@@ -72,11 +76,11 @@ def match_tensors(model: PreTrainedModel, source: TensorSource) -> dict[str, str
     return found
 
 
-def _key(name: str, keys: set[str], prefix: str) -> str | None:
+def _key(name: str, keys: dict[str, str], prefix: str) -> str | None:
     """Checkpoints of a base model leave the base's prefix out, as GPT-2's do, or have it where the model does not."""
     for candidate in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):
         if candidate in keys:
-            return candidate
+            return keys[candidate]
     return None
 
 

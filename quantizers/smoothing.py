@@ -60,6 +60,8 @@ def move_scales(block: "Block", group: "Group", scales: Tensor) -> None:
         _divide_rows(block.linears[name], _of_maker(block, name, group.names[0], scales))
     for name in group.names:
         block.linears[name].weight.mul_(scales)
+    for name in group.routers:
+        block.submodule(name).weight.mul_(scales)  # type: ignore[operator,union-attr]
     _, after = block.run_sample()
     allowed = _TOLERANCE * float((before - hidden).norm()) + _ROUNDING * float(before.norm())
     changed = float((after - before).norm())

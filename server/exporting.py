@@ -148,12 +148,13 @@ def _write(
     """Every tensor of the model once, a layer at a time, by the checkpoint's own names."""
     tensors = match_tensors(model, checkpoint)
     keys = {name: tensors.pop(f"{name}.weight") for name in layers}
+    tied = set(tensors.values())  # a quantized output matrix leaves the embedding's name to the embedding
     changed = replaced_tensors(model, recipe, tensors.keys(), artifact)
     done, total = 0, len(layers) + len(tensors)
     if artifact is not None:
         shapes = {name: layer_shape(model.get_submodule(name)) for name in layers}
         for name, weight in read_layers(artifact, layers, shapes, changed):
-            prefix = _stem(keys[name], name)
+            prefix = name if keys[name] in tied else keys[name].removesuffix(".weight")
             for local, tensor in layer_tensors(weight).items():
                 exact = tensor.float() if dtype == torch.float32 and tensor.is_floating_point() else tensor
                 put(f"{prefix}.{local}", exact)  # who reads fp16 scales also multiplies in fp16
@@ -168,9 +169,3 @@ def _write(
         source = artifact.get(name) if artifact is not None and name in changed else checkpoint.get(key)
         put(key, source.to(serving_dtype(model, name, dtype)) if source.is_floating_point() else source)
         progress("other tensors", done / total)
-
-
-def _stem(key: str, name: str) -> str:
-    """Under which name the checkpoint keeps the layer `name`; a tied output matrix is found under the embedding's, and leaves it."""
-    stem = key.removesuffix(".weight")
-    return stem if name.endswith(stem) or stem.endswith(name) else name

@@ -16,17 +16,23 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
+    OlmoeConfig,
     OPTConfig,
     Phi3Config,
     PhiConfig,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
+from transformers.core_model_loading import revert_weight_conversion
 
 from model_store.formats.safetensors import SafetensorsSource
 from quantizers.calibration import Calibration
+from quantizers.experts import take_apart
 from quantizers.tensors import TensorSource
 
 
@@ -66,6 +72,9 @@ def tiny_config(family: str) -> PretrainedConfig:
         return FalconConfig(**common, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
     if family == "phi3":  # one layer for q, k and v, one for gate and up
         return Phi3Config(**common, **heads, pad_token_id=0)
+    if family in _MIXTURES:
+        config, experts = _MIXTURES[family]
+        return config(**common, **heads, **experts, num_experts_per_tok=2, pad_token_id=None)
     if family in _ONE_HEAD_COUNT:
         return _ONE_HEAD_COUNT[family](**common, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
     assert family in ("llama", "llama-tied"), family
@@ -79,9 +88,16 @@ _LIKE_LLAMA = {
     "gemma2": Gemma2Config,
     "gemma3": Gemma3TextConfig,
 }
+# Experts in every block; Qwen2-MoE has one beside them that sees all tokens, Mixtral's checkpoints name everything otherwise.
+_MIXTURES: dict[str, tuple[type[PretrainedConfig], dict[str, int]]] = {
+    "mixtral": (MixtralConfig, {"num_local_experts": 4}),
+    "qwen2-moe": (Qwen2MoeConfig, {"num_experts": 4, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64}),
+    "qwen3-moe": (Qwen3MoeConfig, {"num_experts": 4, "moe_intermediate_size": 64}),
+    "olmoe": (OlmoeConfig, {"num_experts": 4}),
+}
 _ONE_HEAD_COUNT = {"phi": PhiConfig, "gpt-neox": GPTNeoXConfig}
 # Every shape of decoder that the walk is to follow; the ones of `FAMILIES` go through all tests of the loader too.
-DECODERS = ("llama", "qwen2", "gpt2", *_LIKE_LLAMA, "opt", "falcon", "phi3", *_ONE_HEAD_COUNT)
+DECODERS = ("llama", "qwen2", "gpt2", *_LIKE_LLAMA, *_MIXTURES, "opt", "falcon", "phi3", *_ONE_HEAD_COUNT)
 FAMILIES = ("llama", "llama-tied", "qwen2", "gpt2")
 
 
@@ -99,7 +115,20 @@ def tiny(memory_tensors: type[MemoryTensors]) -> Callable[[str], tuple[PreTraine
         attention = "eager" if family == "gemma2" else "sdpa"  # its scores are capped, which sdpa cannot do
         model = AutoModelForCausalLM.from_config(tiny_config(family), attn_implementation=attention).eval()
         tied = set(model.all_tied_weights_keys)
-        return model, memory_tensors({name: tensor.detach() for name, tensor in model.state_dict().items() if name not in tied})
+        tensors = {name: tensor.detach() for name, tensor in model.state_dict().items() if name not in tied}
+        return model, memory_tensors(revert_weight_conversion(model, tensors))
+
+    return make
+
+
+@pytest.fixture
+def tiny_walked(tiny: Callable[[str], tuple[PreTrainedModel, MemoryTensors]]) -> Callable[[str], PreTrainedModel]:
+    """Family -> the same model as a walk runs it: the experts of a mixture are apart, and each sees every token."""
+
+    def make(family: str) -> PreTrainedModel:
+        model, _ = tiny(family)
+        take_apart(model, every_token=True)
+        return model
 
     return make
 

@@ -15,8 +15,10 @@ from quantizers.scheme import IntegerScheme
 from tests.quantizers.conftest import DECODERS, calibration_tokens
 
 LLAMA = [(["q_proj", "k_proj", "v_proj"], "input_layernorm"), (["o_proj"], None)]
-LLAMA_MLP = [(["gate_proj", "up_proj"], "post_attention_layernorm"), (["down_proj"], None)]
+MLP_NORM = "post_attention_layernorm"
+LLAMA_MLP = [(["gate_proj", "up_proj"], MLP_NORM), (["down_proj"], None)]
 GEMMA = [*LLAMA, (["gate_proj", "up_proj"], "pre_feedforward_layernorm"), (["down_proj"], None)]
+FOUR_EXPERTS = ("mixtral", "qwen3-moe", "olmoe")
 GROUPS = {
     **{family: [*LLAMA, *LLAMA_MLP] for family in ("llama", "qwen2", "qwen3", "mistral", "gemma")},
     **dict.fromkeys(("gemma2", "gemma3"), GEMMA),
@@ -24,12 +26,16 @@ GROUPS = {
     "gpt2": [(["c_attn"], "ln_1"), (["c_proj"], None), (["c_fc"], "ln_2"), (["c_proj"], None)],
     "opt": [(["q_proj", "k_proj", "v_proj"], "self_attn_layer_norm"), (["out_proj"], None), (["fc1"], "final_layer_norm"), (["fc2"], None)],
     "falcon": [(["query_key_value", "dense_h_to_4h"], "input_layernorm"), (["dense"], None), (["dense_4h_to_h"], None)],
+    **{family: [*LLAMA, (["gate_proj", "up_proj"] * 4, MLP_NORM), *[(["down_proj"], None)] * 4] for family in FOUR_EXPERTS},
+    # The experts' and the shared one's first layers, then what each of them makes.
+    "qwen2-moe": [*LLAMA, (["gate_proj", "up_proj"] * 5, MLP_NORM), *[(["down_proj"], None)] * 5],
     "phi": [(["q_proj", "k_proj", "v_proj", "fc1"], "input_layernorm"), (["dense"], None), (["fc2"], None)],
     "gpt-neox": [
         *[(["query_key_value"], "input_layernorm"), (["dense"], None)],
         *[(["dense_h_to_4h"], "post_attention_layernorm"), (["dense_4h_to_h"], None)],
     ],
 }
+LISTS = {"gpt2": "h", "falcon": "h", "opt": "decoder.layers"}
 
 
 def last(name: str) -> str:
@@ -51,15 +57,17 @@ def samples_of_a_chunk(request: pytest.FixtureRequest, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("family", DECODERS)
 @torch.no_grad()
 @pytest.mark.usefixtures("samples_of_a_chunk")
-def test_blocks_run_one_by_one_are_the_model(family: str, tiny: Callable) -> None:
+def test_blocks_run_one_by_one_are_the_model(family: str, tiny: Callable, tiny_walked: Callable) -> None:
     """The output of the last block, and what transformers' own forward pass, padding mask included, gives there."""
     model, _ = tiny(family)
     calibration, seen = calibration_tokens(padded=True), []
-    blocks = decoder_blocks(model)
-    handle = list(blocks.values())[-1].register_forward_hook(lambda _, __, output: seen.append(output))
+    final = model.base_model.get_submodule(LISTS.get(family, "layers"))[-1]
+    handle = final.register_forward_hook(lambda _, __, output: seen.append(output))
     model.base_model(calibration.tokens, attention_mask=calibration.mask, use_cache=False)
     handle.remove()
     expected = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
+    model = tiny_walked(family)
+    blocks = decoder_blocks(model)
     streams = open_streams(model, frozenset(["full"]), padded=True)
     hidden = streams.full
     for index, block in enumerate(blocks.values()):
@@ -71,12 +79,15 @@ def test_blocks_run_one_by_one_are_the_model(family: str, tiny: Callable) -> Non
 
 @pytest.mark.parametrize("family", DECODERS)
 @torch.no_grad()
-def test_groups_and_what_feeds_them(family: str, tiny: Callable) -> None:
-    model, _ = tiny(family)
+def test_groups_and_what_feeds_them(family: str, tiny_walked: Callable) -> None:
+    model = tiny_walked(family)
     streams = open_streams(model, frozenset(["full"]))
     name, block = next(iter(decoder_blocks(model).items()))
     groups = find_groups(block, name, linear_layers(block, name), *streams.sample(0))
     assert [([last(layer) for layer in group.names], group.norm and last(group.norm)) for group in groups] == GROUPS[family]
+    routers = [last(name) for group in groups for name in group.routers]
+    expected = ["gate"] if family in FOUR_EXPERTS else []
+    assert routers == (["gate", "shared_expert_gate"] if family == "qwen2-moe" else expected)
 
 
 @torch.no_grad()

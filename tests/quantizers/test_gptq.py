@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from quantizers.errors import QuantizationFailed, UnsupportedScheme
+from quantizers.experts import take_apart
 from quantizers.grid import as_groups, range_grid
 from quantizers.hessian import factors, gram
 from quantizers.methods.gptq import Gptq, compensated_codes, corrected
@@ -137,6 +138,7 @@ def test_statistics_that_say_nothing_fail_by_name(hessian: Tensor, message: str)
 def test_every_family_is_nearer_than_rounding(family: str, tiny: Callable) -> None:
     """Three bits, logits on the tokens that it was calibrated on: the whole walk, in transformers' own model with the weights put in."""
     model, checkpoint = tiny(family)
+    take_apart(model)
     calibration = calibration_tokens(16, 48)
     with torch.no_grad():
         expected = model(calibration.tokens).logits

@@ -70,11 +70,11 @@ class _Rounding:
 @pytest.mark.parametrize("chunk_tokens", [24, 72])
 @torch.no_grad()
 def test_each_group_sees_what_the_finished_block_gives_it(
-    family: str, tiny: Callable, chunk_tokens: int, monkeypatch: pytest.MonkeyPatch
+    family: str, tiny_walked: Callable, chunk_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A group's input depends on the groups before it alone: one run of the quantized block, and one of the block as it was, show all."""
     monkeypatch.setattr("quantizers.flow.CHUNK_TOKENS", chunk_tokens)
-    model, _ = tiny(family)
+    model = tiny_walked(family)
     block, streams = make_block(model, FOUR)
     assert streams.full is not None and streams.quantized is not None
     start = streams.full.clone()
