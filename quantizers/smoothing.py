@@ -61,7 +61,7 @@ def move_scales(block: "Block", group: "Group", scales: Tensor) -> None:
     for name in group.names:
         block.linears[name].weight.mul_(scales)
     for name in group.routers:
-        block.submodule(name).weight.mul_(scales)  # type: ignore[operator,union-attr]
+        block.submodule(name).weight.mul_(scales)  # type: ignore[operator]
     _, after = block.run_sample()
     allowed = _TOLERANCE * float((before - hidden).norm()) + _ROUNDING * float(before.norm())
     changed = float((after - before).norm())

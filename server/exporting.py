@@ -19,15 +19,14 @@ from transformers import AutoConfig, PreTrainedModel
 
 from model_store.atomic import new_folder
 from model_store.checkpoints import MANIFEST, Checkpoint
-from model_store.formats.compressed_tensors import expressible, layer_tensors, quantization_config, transformers_loads
+from model_store.formats.compressed_tensors import Exportable, expressible, layer_tensors, quantization_config, transformers_loads
 from model_store.formats.safetensors import SafetensorsWriter
 from model_store.inspection import INDEX, SINGLE, read_json
 from model_store.store import Store
-from quantizers.blocks import layer_shape
+from quantizers.blocks import input_embedding, layer_shape, output_matrix
 from quantizers.errors import InvalidInput, UnsupportedScheme
 from quantizers.model import read_layers, replaced_tensors, stored_layers
 from quantizers.recipe import Recipe, parse_recipe
-from quantizers.scheme import IntegerScheme
 from quantizers.skeleton import DTYPES, match_tensors, serving_dtype, skeleton
 from quantizers.tensors import TensorSource
 from server.console import bar
@@ -66,7 +65,7 @@ class Exported:
 
     directory: Path
     bytes: int
-    layers: dict[str, IntegerScheme]
+    layers: dict[str, Exportable]
 
 
 def export(
@@ -96,12 +95,10 @@ def export(
     return Exported(directory, written, layers)
 
 
-def _layers(model: PreTrainedModel, recipe: Recipe, artifact: TensorSource) -> dict[str, IntegerScheme]:
-    if recipe.embedding is not None:
-        raise UnsupportedScheme(
-            f"{recipe.slug}: the export writes no quantized embedding; export the variant without -embed8", param="variant"
-        )
-    layers = {name: expressible(scheme, name) for name, scheme in stored_layers(model, recipe, artifact).items()}
+def _layers(model: PreTrainedModel, recipe: Recipe, artifact: TensorSource) -> dict[str, Exportable]:
+    embedding = None if recipe.embedding is None else input_embedding(model)
+    stored = {name: scheme for name, scheme in stored_layers(model, recipe, artifact).items() if name != embedding}
+    layers = {name: expressible(scheme, name) for name, scheme in stored.items()}
     for name in layers:
         if not isinstance(model.get_submodule(name), nn.Linear):
             raise UnsupportedScheme(
@@ -119,7 +116,7 @@ def _copy_rest(checkpoint: Checkpoint, folder: Path) -> None:
             shutil.copyfile(checkpoint.dir / name, folder / name)
 
 
-def _config(config: Mapping[str, Any], model: PreTrainedModel, layers: Mapping[str, IntegerScheme], dtype: Dtype) -> dict[str, Any]:
+def _config(config: Mapping[str, Any], model: PreTrainedModel, layers: Mapping[str, Exportable], dtype: Dtype) -> dict[str, Any]:
     """The checkpoint's config.json with what changed. A quantized output matrix is no longer the embedding that it was tied to."""
     changed = {key: value for key, value in config.items() if key != "torch_dtype"}  # the name of `dtype` in older files
     changed["dtype"] = str(DTYPES[dtype]).removeprefix("torch.")
@@ -131,7 +128,7 @@ def _config(config: Mapping[str, Any], model: PreTrainedModel, layers: Mapping[s
     return changed
 
 
-def _tied_to_quantized(model: PreTrainedModel, layers: Mapping[str, IntegerScheme]) -> bool:
+def _tied_to_quantized(model: PreTrainedModel, layers: Mapping[str, Exportable]) -> bool:
     return any(name.removesuffix(".weight") in layers for pair in model.all_tied_weights_keys.items() for name in pair)
 
 
@@ -140,24 +137,32 @@ def _write(
     checkpoint: TensorSource,
     recipe: Recipe,
     artifact: TensorSource | None,
-    layers: Mapping[str, IntegerScheme],
+    layers: Mapping[str, Exportable],
     dtype: torch.dtype,
     put: Callable[[str, Tensor], None],
     progress: Progress,
 ) -> None:
-    """Every tensor of the model once, a layer at a time, by the checkpoint's own names."""
+    """Every tensor of the model once, a layer at a time, by the checkpoint's own names. A quantized embedding is multiplied out: loaders
+    look rows up in floating point.
+    """
     tensors = match_tensors(model, checkpoint)
-    keys = {name: tensors.pop(f"{name}.weight") for name in layers}
-    tied = set(tensors.values())  # a quantized output matrix leaves the embedding's name to the embedding
+    shared = Counter(tensors.values())
+    stored = {} if artifact is None else stored_layers(model, recipe, artifact)
+    embedding = None if recipe.embedding is None else input_embedding(model)
+    keys = {name: tensors.pop(f"{name}.weight") for name in {*stored, *([embedding] if embedding else [])}}
     changed = replaced_tensors(model, recipe, tensors.keys(), artifact)
-    done, total = 0, len(layers) + len(tensors)
+    done, total = 0, len(stored) + len(tensors)
     if artifact is not None:
-        shapes = {name: layer_shape(model.get_submodule(name)) for name in layers}
-        for name, weight in read_layers(artifact, layers, shapes, changed):
-            prefix = name if keys[name] in tied else keys[name].removesuffix(".weight")
-            for local, tensor in layer_tensors(weight).items():
-                exact = tensor.float() if dtype == torch.float32 and tensor.is_floating_point() else tensor
-                put(f"{prefix}.{local}", exact)  # who reads fp16 scales also multiplies in fp16
+        shapes = {name: layer_shape(model.get_submodule(name)) for name in stored}
+        for name, weight in read_layers(artifact, stored, shapes, changed):
+            if name in layers:
+                # A tied output matrix leaves the embedding's name to the embedding.
+                prefix = name if shared[keys[name]] > 1 else keys[name].removesuffix(".weight")
+                for local, tensor in layer_tensors(weight).items():
+                    exact = tensor.float() if dtype == torch.float32 and tensor.dtype == torch.float16 else tensor
+                    put(f"{prefix}.{local}", exact)  # who reads fp16 scales also multiplies in fp16
+            if embedding is not None and name == (embedding if embedding in stored else output_matrix(model)):
+                put(keys[embedding], weight.dequantize().to(dtype))
             done += 1
             progress("layers", done / total)
     written = set()

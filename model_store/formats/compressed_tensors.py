@@ -6,6 +6,13 @@
                     weight_shape       int64 [2]
     int-quantized   weight             int8  [out, in]
                     weight_scale       fp16  [out, 1]
+    float-quantized weight             e4m3  [out, in]
+                    weight_scale       fp32  [out, 1]
+    mxfp4-pack-     weight_packed      uint8 [out, in / 2]             two e2m1 a byte
+      quantized     weight_scale       uint8 [out, in / 32]            e8m0
+    nvfp4-pack-     weight_packed      uint8 [out, in / 2]
+      quantized     weight_scale       e4m3  [out, in / 16]
+                    weight_global_scale fp32 [1]                       w = codes * scale / global_scale
 
 The stream is the one of `quantizers.packing`, in words of 32 bits instead of bytes. Groups are contiguous in the original order of the
 columns (gptq's order of activations is the order of the work only), so no `weight_g_idx` is needed. The library itself checks the config.
@@ -24,9 +31,11 @@ if TYPE_CHECKING:
 
 FORMAT = "compressed-tensors"
 PACKED, INTEGERS, MIXED = "pack-quantized", "int-quantized", "mixed-precision"
+FLOATS = {"fp8": "float-quantized", "mxfp4": "mxfp4-pack-quantized", "nvfp4": "nvfp4-pack-quantized"}
+Exportable = IntegerScheme | MinifloatScheme
 
 
-def expressible(scheme: "QuantizedScheme", layer: str) -> IntegerScheme:
+def expressible(scheme: "QuantizedScheme", layer: str) -> Exportable:
     """`scheme`, where the format has it. Raises UnsupportedScheme naming `layer`, the reason and what to do."""
     if isinstance(scheme, BnbScheme):
         raise UnsupportedScheme(
@@ -35,10 +44,7 @@ def expressible(scheme: "QuantizedScheme", layer: str) -> IntegerScheme:
             param="variant",
         )
     if isinstance(scheme, MinifloatScheme):
-        raise UnsupportedScheme(
-            f"{layer} is {scheme.slug}: the export writes no float formats; choose an integer format such as rtn-w4g64 or rtn-w8a8",
-            param="variant",
-        )
+        return scheme
     if scheme.zero == "minimum":
         raise UnsupportedScheme(
             f"{layer} is {scheme.slug}: {FORMAT} has integer zero points only, and a real minimum is none; "
@@ -48,8 +54,10 @@ def expressible(scheme: "QuantizedScheme", layer: str) -> IntegerScheme:
     return scheme
 
 
-def layer_format(scheme: IntegerScheme) -> str:
-    """Plain int8 where the activations are int8 too and rows are not cut into groups, packed words for everything else."""
+def layer_format(scheme: Exportable) -> str:
+    """Plain int8 where the activations are int8 too and rows are not cut into groups, packed words for all other integers."""
+    if isinstance(scheme, MinifloatScheme):
+        return FLOATS[scheme.format]
     plain = scheme.weight_bits == 8 and scheme.symmetric and scheme.group_size is None and scheme.activation_bits is not None
     return INTEGERS if plain else PACKED
 
@@ -59,6 +67,8 @@ def layer_tensors(weight: "QuantizedWeight") -> "dict[str, Tensor]":
     import torch
 
     scheme = expressible(weight.scheme, "the layer")
+    if isinstance(scheme, MinifloatScheme):
+        return _float_tensors(scheme, weight.tensors)
     if layer_format(scheme) == INTEGERS:
         return {"weight": weight.tensors["codes"], "weight_scale": weight.tensors["scale"]}
     stream = weight.tensors["codes"]
@@ -77,6 +87,18 @@ def layer_tensors(weight: "QuantizedWeight") -> "dict[str, Tensor]":
     return tensors
 
 
+def _float_tensors(scheme: MinifloatScheme, tensors: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
+    """The same bytes as ours, under its names and dtypes."""
+    import torch
+
+    codes, scale = tensors["codes"], tensors["scale"]
+    if scheme.format == "fp8":
+        return {"weight": codes.view(torch.float8_e4m3fn), "weight_scale": scale}
+    if scheme.format == "mxfp4":
+        return {"weight_packed": codes, "weight_scale": scale}
+    return {"weight_packed": codes, "weight_scale": scale.view(torch.float8_e4m3fn), "weight_global_scale": tensors["global_scale"]}
+
+
 def _words(stream: "Tensor") -> "Tensor":
     """uint8 [rows, bytes] -> int32 [rows, ceil(bytes / 4)], what is left of the last word zero."""
     import torch
@@ -85,7 +107,7 @@ def _words(stream: "Tensor") -> "Tensor":
     return padded.reshape(-1).view(torch.int32).view(len(stream), -1)
 
 
-def quantization_config(layers: Mapping[str, IntegerScheme], unquantized: Collection[str]) -> dict[str, Any]:
+def quantization_config(layers: Mapping[str, Exportable], unquantized: Collection[str]) -> dict[str, Any]:
     """The `quantization_config` of config.json. `layers`: full name -> format; `unquantized`: full names of all other linear layers.
 
     One format everywhere is a group for the class `Linear`, several are a group each with their layers by name.
@@ -114,27 +136,33 @@ def quantization_config(layers: Mapping[str, IntegerScheme], unquantized: Collec
     return {"version": compressed_tensors.__version__, **config.model_dump(mode="json"), **({"dequantize": True} if alone else {})}
 
 
-def transformers_loads(layers: Collection[IntegerScheme]) -> bool:
+def transformers_loads(layers: Collection[Exportable]) -> bool:
     """Whether its loader (5.24, with compressed-tensors 0.20) reads a folder with layers in these formats: zero points only where all
     layers have one format and tokens are not quantized. vLLM's reads them all.
     """
     schemes = set(layers)
     alone = len(schemes) == 1 and all(scheme.activation_bits is None for scheme in schemes)
-    return alone or all(scheme.symmetric for scheme in schemes)
+    return alone or all(isinstance(scheme, MinifloatScheme) or scheme.symmetric for scheme in schemes)
 
 
-def _group(scheme: IntegerScheme, targets: list[str]) -> dict[str, Any]:
-    weights = {
-        "num_bits": scheme.weight_bits,
-        "type": "int",
-        "symmetric": scheme.symmetric,
-        "strategy": "channel" if scheme.group_size is None else "group",
-        "group_size": scheme.group_size,
-    }
-    tokens = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+def _group(scheme: Exportable, targets: list[str]) -> dict[str, Any]:
+    tokens = {"num_bits": 8, "type": "float" if isinstance(scheme, MinifloatScheme) else "int", "strategy": "token", "dynamic": True}
     return {
         "targets": targets,
-        "weights": weights,
-        "input_activations": None if scheme.activation_bits is None else tokens,
+        "weights": _weights(scheme),
+        "input_activations": None if scheme.activation_bits is None else {**tokens, "symmetric": True},
         "format": layer_format(scheme),
     }
+
+
+def _weights(scheme: Exportable) -> dict[str, Any]:
+    if isinstance(scheme, IntegerScheme):
+        strategy = "channel" if scheme.group_size is None else "group"
+        numbers = {"num_bits": scheme.weight_bits, "type": "int", "symmetric": scheme.symmetric}
+        return {**numbers, "strategy": strategy, "group_size": scheme.group_size}
+    blocks: dict[str, dict[str, Any]] = {
+        "fp8": {"strategy": "channel"},
+        "mxfp4": {"strategy": "group", "group_size": scheme.group_size, "scale_dtype": "torch.uint8"},
+        "nvfp4": {"strategy": "tensor_group", "group_size": scheme.group_size, "scale_dtype": "torch.float8_e4m3fn"},
+    }
+    return {"num_bits": scheme.weight_bits, "type": "float", "symmetric": True, **blocks[scheme.format]}

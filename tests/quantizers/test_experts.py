@@ -75,9 +75,8 @@ def test_smoothing_reaches_the_router(tiny: Callable) -> None:
     model, checkpoint = tiny("qwen3-moe")
     recipe, artifact = parse_recipe("smoothquant-w8a8"), MemoryTensors()
     result = quantize(model.config, checkpoint, recipe, artifact.__setitem__, calibration=calibration_tokens())
-    assert [name for name in result.changed if name.endswith("mlp.gate.weight")] == [
-        f"model.layers.{index}.mlp.gate.weight" for index in (0, 1)
-    ]
+    changed = [name for name in result.changed if "norm" not in name and ".mlp.gate." in name]
+    assert changed == [f"model.layers.{index}.mlp.gate.weight" for index in (0, 1)]
 
 
 def test_stacks_of_another_kind_are_refused_by_name() -> None:
@@ -114,7 +113,7 @@ def test_a_damaged_expert_is_named(damage: str, tiny: Callable) -> None:
         checkpoint[key.replace(".2.", ".4.")] = torch.zeros(128, 64)
     named = {
         "missing": r"mlp\.experts\.2\.up_proj",
-        "shape": r"experts\.2\.w3\.weight has the shape \[3, 64\]",
+        "shape": r"2\.w3\.weight has the shape \[3, 64\]",
         "beyond": r"experts\.4\.w3",
     }
     with pytest.raises(CorruptData, match=named[damage]):
