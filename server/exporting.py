@@ -56,7 +56,9 @@ def export_variant(settings: Settings, model: str, directory: Path, *, dtype: Dt
     console = Console(stderr=True)
     console.print(f"{model}: {done.bytes / 1e6:.1f} MB of tensors, {what}, in {directory}", highlight=False, soft_wrap=True)
     if not transformers_loads(done.layers.values()):
-        console.print("transformers 5.24 cannot load zero points in more than one format; vLLM can", highlight=False, soft_wrap=True)
+        console.print(
+            "transformers 5.24 cannot load zero points in more than one format, nor beside int8 tokens", highlight=False, soft_wrap=True
+        )
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Quantized layers as compressed-tensors stores them, which transformers and vLLM load: one layer's tensors, and the `quantization_config`.
+"""Quantized layers as compressed-tensors stores them, which transformers loads: one layer's tensors, and the `quantization_config`.
 
     pack-quantized  weight_packed      int32 [out, ceil(in * b / 32)]  codes from 0 up, a dense stream of bits a row, lowest bits first
                     weight_scale       fp16  [out, G]
@@ -138,7 +138,7 @@ def quantization_config(layers: Mapping[str, Exportable], unquantized: Collectio
 
 def transformers_loads(layers: Collection[Exportable]) -> bool:
     """Whether its loader (5.24, with compressed-tensors 0.20) reads a folder with layers in these formats: zero points only where all
-    layers have one format and tokens are not quantized. vLLM's reads them all.
+    layers have one format and tokens are not quantized.
     """
     schemes = set(layers)
     alone = len(schemes) == 1 and all(scheme.activation_bits is None for scheme in schemes)
