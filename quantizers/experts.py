@@ -68,10 +68,7 @@ def take_apart(model: nn.Module, *, every_token: bool = False) -> None:
     for name, module in list(model.named_modules()):
         if _is_plain_stack(module):
             gate, up = module.gate_up_proj.detach().chunk(2, dim=1)
-            experts = Experts(
-                Expert(*each, module.act_fn)  # type: ignore[arg-type]
-                for each in zip(gate, up, module.down_proj.detach(), strict=True)
-            )
+            experts = Experts(Expert(*each, module.act_fn) for each in zip(gate, up, module.down_proj.detach(), strict=True))
             experts.every_token = every_token
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, experts)

@@ -55,9 +55,11 @@ def export_variant(settings: Settings, model: str, directory: Path, *, dtype: Dt
     what = ", ".join(f"{each} x{count}" for each, count in formats.items()) or "nothing quantized"
     console = Console(stderr=True)
     console.print(f"{model}: {done.bytes / 1e6:.1f} MB of tensors, {what}, in {directory}", highlight=False, soft_wrap=True)
-    if not transformers_loads(done.layers.values()):
+    if not transformers_loads(done.layers):
         console.print(
-            "transformers 5.24 cannot load zero points in more than one format, nor beside int8 tokens", highlight=False, soft_wrap=True
+            "transformers 5.24 cannot load zero points in more than one format or beside int8 tokens, nor experts with either",
+            highlight=False,
+            soft_wrap=True,
         )
 
 

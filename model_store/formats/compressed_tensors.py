@@ -136,13 +136,20 @@ def quantization_config(layers: Mapping[str, Exportable], unquantized: Collectio
     return {"version": compressed_tensors.__version__, **config.model_dump(mode="json"), **({"dequantize": True} if alone else {})}
 
 
-def transformers_loads(layers: Collection[Exportable]) -> bool:
-    """Whether its loader (5.24, with compressed-tensors 0.20) reads a folder with layers in these formats: zero points only where all
-    layers have one format and tokens are not quantized.
+def transformers_loads(layers: Mapping[str, Exportable]) -> bool:
+    """Whether its loader (5.24, with compressed-tensors 0.20) reads a folder with layers in these formats, by full name: zero points only
+    where all layers have one format and tokens are not quantized, experts only without either.
     """
-    schemes = set(layers)
+    schemes = set(layers.values())
+    experts = {scheme for name, scheme in layers.items() if ".experts." in name}
+    if any(scheme.activation_bits or not _symmetric(scheme) for scheme in experts):
+        return False
     alone = len(schemes) == 1 and all(scheme.activation_bits is None for scheme in schemes)
-    return alone or all(isinstance(scheme, MinifloatScheme) or scheme.symmetric for scheme in schemes)
+    return alone or all(_symmetric(scheme) for scheme in schemes)
+
+
+def _symmetric(scheme: Exportable) -> bool:
+    return isinstance(scheme, MinifloatScheme) or scheme.symmetric
 
 
 def _group(scheme: Exportable, targets: list[str]) -> dict[str, Any]:

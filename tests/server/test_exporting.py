@@ -31,7 +31,7 @@ from quantizers.scheme import IntegerScheme
 from quantizers.shared import SharedTensors
 from server.cli import main
 from server.exporting import export
-from tests.quantizers.conftest import MemoryTensors, calibration_tokens
+from tests.quantizers.conftest import MemoryTensors, calibration_tokens, tiny_config
 
 # Both sides multiply the same fp32 weights; sums in another order differ in the last bits.
 SAME_WEIGHTS = 1e-5
@@ -114,6 +114,28 @@ def test_transformers_computes_what_we_compute(slug: str, checkpoint: Checkpoint
     allowed = SAME_TOKENS if slug in TOKENS else ROUNDED_WEIGHTS if slug in BF16_WEIGHTS else SAME_WEIGHTS
     assert difference(ours(load_reference, checkpoint, slug, artifact), theirs) < allowed
     assert difference(ours(load_model, checkpoint, slug, artifact), theirs) < SERVED
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2-moe"])
+@pytest.mark.parametrize("slug", ["rtn-w4g32", "gptq-w3g32"])
+def test_experts_keep_the_names_of_their_checkpoint(family: str, slug: str, store: Store, tmp_path: Path) -> None:
+    """From which transformers stacks them again."""
+    checkpoint = store.checkpoints.import_folder("mixture", saved(tmp_path / "mixture", tiny_config(family)))
+    artifact = artifact_of(checkpoint, slug)
+    theirs = AutoModelForCausalLM.from_pretrained(exported(checkpoint, slug, artifact, tmp_path / "out"), dtype=torch.float32)
+    assert difference(ours(load_reference, checkpoint, slug, artifact), logits(theirs)) < SAME_WEIGHTS
+
+
+@pytest.mark.parametrize("slug", ["rtn-w8a8", "rtn-w4g32z"])
+def test_experts_with_zero_points_or_eight_bit_tokens_are_written_and_transformers_cannot_read_them(
+    slug: str, store: Store, tmp_path: Path
+) -> None:
+    """When it can, this fails: then `transformers_loads` says so too."""
+    checkpoint = store.checkpoints.import_folder("mixture", saved(tmp_path / "mixture", tiny_config("mixtral")))
+    folder = exported(checkpoint, slug, artifact_of(checkpoint, slug), tmp_path / "out")
+    assert "model.layers.0.block_sparse_moe.experts.0.w1.weight_scale" in load_file(folder / "model.safetensors")
+    with pytest.raises(RuntimeError, match="automatic conversion"):
+        AutoModelForCausalLM.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("slug", TOKENS)

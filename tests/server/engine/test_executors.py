@@ -62,7 +62,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "qwen2": Qwen2Config(**SIZES),
     "qwen2-window": Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1),
     "qwen3": Qwen3Config(**SIZES, head_dim=16),
-    "qwen3-moe": Qwen3MoeConfig(**SIZES, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, pad_token_id=None),
+    "qwen3-moe": Qwen3MoeConfig(**SIZES, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64),
     "gemma2": Gemma2Config(**SIZES, head_dim=16, sliding_window=WINDOW, attn_logit_softcapping=5.0, query_pre_attn_scalar=16),
     "gemma3": Gemma3TextConfig(**SIZES, head_dim=16, sliding_window=WINDOW, query_pre_attn_scalar=16),
     "gpt2": GPT2Config(vocab_size=97, n_embd=64, n_layer=3, n_head=4, n_positions=512, bos_token_id=None, eos_token_id=None),
