@@ -22,6 +22,7 @@ from server.engine.messages import (
     Report,
     RequestEvent,
     Stats,
+    StepTokens,
     Unload,
     decode_report,
     encode,
@@ -212,6 +213,10 @@ class EngineClient:
             stream = self._streams.get(report.call)
             if stream is not None:  # else its caller has left, and the worker did not know yet
                 stream.put_nowait(to_error(report.event) if isinstance(report.event, Failed) else report.event)
+        elif isinstance(report, StepTokens):
+            for call, token_id in report.tokens:
+                if (stream := self._streams.get(call)) is not None:
+                    stream.put_nowait(Token(token_id=token_id))
         elif isinstance(report, Reply):
             reply = self._replies.get(report.call)
             if reply is None or reply.done():

@@ -5,6 +5,8 @@ proportional set size, because pages of a mapped checkpoint are shared with whoe
 """
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,6 +89,20 @@ def move(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)  # the allocator keeps the pinned copy until it was read
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch compute on the host in the calling thread alone.
+
+    For what is small: threads that had helped would go on spinning for milliseconds, on the cores that the next native step needs.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def default_budget(device: torch.device) -> int:

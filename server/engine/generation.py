@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from server.engine.device import one_thread
 from server.engine.grammar import Compiled
 from server.engine.interface import Finished, FinishReason, Request, Started, Token, TokenLogprob
 from server.engine.runner import Runner
@@ -55,6 +56,7 @@ class Generation:
         if not self._started and not self.scored:
             yield self._start(None)
 
+    @one_thread()
     def score(self, work: Work, logits: Tensor) -> None:
         """Take the log-probabilities of the prompt from `logits` [positions, vocab] of `work`, from its logits_from on.
 

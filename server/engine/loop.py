@@ -12,7 +12,7 @@ import itertools
 import logging
 import queue
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -23,7 +23,8 @@ from server.engine.arrivals import Arrivals
 from server.engine.generation import Generation
 from server.engine.grammar import Compiled
 from server.engine.interface import Failed, Finished, Request, Started, StepStats, Token, VariantKey, VariantSpec
-from server.engine.messages import Reply, Report, RequestEvent, Stats, to_failed
+from server.engine.messages import Reply, Stats, to_failed
+from server.engine.outbox import Emit, Outbox
 from server.engine.residents import Residents
 from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler, Step, Work
@@ -34,7 +35,6 @@ from server.engine.twins import Twins
 
 logger = logging.getLogger(__name__)
 
-Emit = Callable[[Report], None]
 _DEADLINE_SECONDS = 0.5  # between two looks at the deadlines of those who wait for a load
 
 
@@ -62,6 +62,7 @@ class Loop:
     ) -> None:
         """`speculates`: tokens are drafted and verified, where that pays; by the variant of `twin_precision` too, where it is resident."""
         self._residents, self._emit, self._speculates = residents, emit, speculates
+        self._outbox = Outbox(emit)
         self._twins = Twins(residents, twin_precision)
         self._lock = residents.changed
         self._arrivals = Arrivals(max_waiting)
@@ -99,7 +100,7 @@ class Loop:
             for job in [job for job in self._waiting if job.call == call]:
                 self._waiting.remove(job)
                 event = Finished(reason="cancelled", prompt_tokens=len(job.request.prompt_token_ids), completion_tokens=0)
-                self._emit(RequestEvent(call=call, event=event))
+                self._outbox.tell(call, event)
             for job in [job for job in self._pinned() if job.call == call]:
                 job.cancelled = True
                 if call not in self._computing:
@@ -393,6 +394,7 @@ class Loop:
                     scheduler.confirm(work, max(0, len(outcome) - 1))
                     continue
             ended += 1
+        self._outbox.flush()
         return ended > 0
 
     def _draft(self, twin: Twin, generations: list[Generation], runner: Runner) -> dict[int, list[int]]:
@@ -422,7 +424,7 @@ class Loop:
             if isinstance(event, Finished):
                 self._end(job, event)
                 return True
-            self._emit(RequestEvent(call=job.call, event=event))
+            self._outbox.tell(job.call, event)
         return False
 
     def _end(self, job: _Job, last: Finished | PrecisError) -> None:
@@ -439,7 +441,7 @@ class Loop:
         if isinstance(last, PrecisError):
             self._fail(job.call, last)
         else:
-            self._emit(RequestEvent(call=job.call, event=last))
+            self._outbox.tell(job.call, last)
 
     def _cancellation(self, job: _Job) -> Finished | PrecisError:
         if self._closed:
@@ -458,4 +460,4 @@ class Loop:
 
     def _fail(self, call: int, error: PrecisError) -> None:
         failed: Failed = to_failed(error)
-        self._emit(RequestEvent(call=call, event=failed))
+        self._outbox.tell(call, failed)

@@ -73,6 +73,13 @@ class RequestEvent(_Frame):
     event: Event
 
 
+class StepTokens(_Frame):
+    """Tokens without log-probabilities, as (call, token id): what RequestEvents with a Token each would say, for a whole step at once."""
+
+    type: Literal["tokens"] = "tokens"
+    tokens: tuple[tuple[int, int], ...]
+
+
 class Reply(_Frame):
     """Answer to Load (`resident`), to Unload (neither), or to either (`failed`)."""
 
@@ -88,7 +95,7 @@ class Stats(_Frame):
 
 
 Command = Generate | Cancel | Load | Unload
-Report = Hello | RequestEvent | Reply | Stats
+Report = Hello | RequestEvent | StepTokens | Reply | Stats
 _COMMANDS: TypeAdapter[Command] = TypeAdapter(Annotated[Command, Field(discriminator="type")])
 _REPORTS: TypeAdapter[Report] = TypeAdapter(Annotated[Report, Field(discriminator="type")])
 

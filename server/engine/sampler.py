@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from quantizers.errors import InvalidInput, PrecisError
-from server.engine.device import move
+from server.engine.device import move, one_thread
 from server.engine.grammar import Constraint
 from server.engine.interface import Sampling, TokenLogprob
 
@@ -32,9 +32,16 @@ class NonFiniteLogits(PrecisError):
     code = "nonfinite_logits"
 
 
+@one_thread()
+def is_finite(logits: Tensor) -> bool:
+    """Whether all of `logits` [..., vocab], one or more, is finite."""
+    low, high = logits.aminmax()  # either is NaN where any is
+    return bool((low.isfinite() & high.isfinite()).all())
+
+
 def check_finite(logits: Tensor) -> None:
     """Raises NonFiniteLogits unless all of `logits` [..., vocab] is finite."""
-    if not bool(torch.isfinite(logits).all()):
+    if not is_finite(logits):
         raise nonfinite(logits)
 
 
@@ -168,7 +175,7 @@ class Sampler:
 
         Raises NonFiniteLogits, and InvalidInput where the options leave no token to choose.
         """
-        (sampled,) = sample(logits[None], [self])
+        (sampled,) = sample([logits], [self])
         if isinstance(sampled, PrecisError):
             raise sampled
         return sampled
@@ -240,23 +247,45 @@ class Sampler:
         )
 
 
-def sample(logits: Tensor, samplers: Sequence[Sampler]) -> list[Sampled | PrecisError]:
-    """The next token of every sequence after its row of `logits` [rows, vocab], any floating dtype, and its log-probability on demand.
+@one_thread()
+def sample(rows: Sequence[Tensor], samplers: Sequence[Sampler]) -> list[Sampled | PrecisError]:
+    """The next token of every sequence after its row [vocab] of logits, any floating dtype, and its log-probability on demand.
 
     An error of a row is that row's result: NonFiniteLogits, or InvalidInput where its options leave no token to choose. A row's
     token does not depend on the other rows.
     """
-    logits = logits.float()
-    tokens, empty, spoiled = decide(logits, samplers).tolist()
+    rows = [row.float() for row in rows]
     results: list[Sampled | PrecisError] = []
-    for row, (sampler, token) in enumerate(zip(samplers, tokens, strict=True)):
-        if spoiled[row] or empty[row]:
-            results.append(nonfinite(logits[row]) if spoiled[row] else sampler.nothing_left())
+    for row, sampler, (token, empty, spoiled) in zip(rows, samplers, _decided(rows, samplers), strict=True):
+        if spoiled or empty:
+            results.append(nonfinite(row) if spoiled else sampler.nothing_left())
             continue
         sampler.accept(token)
         wanted = sampler.options.logprobs
-        results.append((token, None if wanted is None else token_logprobs(logits[row : row + 1], [token], wanted)[0]))
+        results.append((token, None if wanted is None else token_logprobs(row[None], [token], wanted)[0]))
     return results
+
+
+def _decided(rows: Sequence[Tensor], samplers: Sequence[Sampler]) -> list[tuple[int, bool, bool]]:
+    """What `decide` says of each row; of those whose largest logit it is, in the host's memory, without torch.
+
+    numpy finds that ten times faster, and wakes no threads that would go on spinning beside the next step.
+    """
+    quick = [row.device.type == "cpu" and sampler.greedy and not sampler.adjusts for row, sampler in zip(rows, samplers, strict=True)]
+    found = [_largest(row) if one else None for row, one in zip(rows, quick, strict=True)]
+    if slow := [index for index, one in enumerate(quick) if not one]:
+        decided = decide(torch.stack([rows[index] for index in slow]), [samplers[index] for index in slow])
+        for index, (token, empty, spoiled) in zip(slow, decided.T.tolist(), strict=True):
+            found[index] = token, bool(empty), bool(spoiled)
+    return [one for one in found if one is not None]
+
+
+def _largest(row: Tensor) -> tuple[int, bool, bool]:
+    """Of fp32 [vocab] on the host: its first largest, and whether any is NaN or infinite."""
+    values = row.numpy()
+    token = int(values.argmax())  # the first NaN where there is one
+    spoiled = not (np.isfinite(values[token]) and np.isfinite(values.min()))
+    return token, spoiled, spoiled
 
 
 def decide(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
@@ -276,6 +305,7 @@ def decide(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
     return torch.stack([tokens, (~peaks.isfinite()).long(), (~(low.isfinite() & high.isfinite())).long()])
 
 
+@one_thread()
 def guess(logits: Tensor, samplers: Sequence[Sampler], ahead: int) -> list[int]:
     """What each would choose after its row of `logits` [rows, vocab] as the token `ahead` behind its next one.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from quantizers.errors import OutOfMemory, PrecisError
 from server.engine.executor import Chunk, Executor, ragged_batch
 from server.engine.generation import Generation
-from server.engine.sampler import NonFiniteLogits, Sampled, sample
+from server.engine.sampler import NonFiniteLogits, Sampled, is_finite, sample
 from server.engine.scheduler import Step, Work
 
 logger = logging.getLogger(__name__)
@@ -43,8 +43,8 @@ def compute(executor: Executor, step: Step, generations: Mapping[int, Generation
     ]
     drafted = 0  # of the draft, that were right in all of `active`
     while active:
-        rows = torch.stack([_next_row(logits[index], step.work[index], drafted) for index in active])
-        sampled = sample(rows, [generations[step.work[index].sequence.call].sampler for index in active])
+        next_rows = [_next_row(logits[index], step.work[index], drafted) for index in active]
+        sampled = sample(next_rows, [generations[step.work[index].sequence.call].sampler for index in active])
         for index, found in zip(active, sampled, strict=True):
             before = outcomes[index]
             assert not isinstance(before, PrecisError), "who failed is not active"
@@ -74,7 +74,7 @@ def _goes_on(work: Work, outcome: Outcome, logits: Tensor | PrecisError, generat
 
 def _is_sound(logits: Tensor | PrecisError, work: Work) -> bool:
     """Whether what is known of a sequence was computed well beside its draft."""
-    return isinstance(logits, Tensor) and bool(torch.isfinite(logits[: work.end - work.logits_from]).all())
+    return isinstance(logits, Tensor) and is_finite(logits[: work.end - work.logits_from])
 
 
 def _without_draft(executor: Executor, work: Work, generations: Mapping[int, Generation]) -> Tensor | PrecisError:

@@ -15,6 +15,7 @@ import socket
 import sys
 import threading
 import time
+from typing import NoReturn
 
 import torch
 
@@ -47,27 +48,46 @@ _FLUSH_SECONDS = 2.0  # for the last reports to reach a client that still reads
 
 
 class _Writer:
-    """Reports to the socket, in order, from a thread of its own, so that who emits never waits for who reads."""
+    """Reports to the socket, in order. Who emits sends what the socket takes at once; the rest goes out in a thread of its own, so that
+    nobody who emits waits for who reads. To wake that thread for every step would cost the step more than the sending does."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
-        self._queue: queue.SimpleQueue[Report | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._behind = 0  # pieces that the thread has yet to send
+        self._queue: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
         self._thread.start()
 
     def emit(self, report: Report) -> None:
-        self._queue.put(report)
+        frame = _frame(report)
+        with self._lock:
+            rest = frame if self._behind else frame[self._send(frame) :]
+            if rest:
+                self._behind += 1
+                self._queue.put(rest)
+
+    def _send(self, frame: bytes) -> int:
+        """Bytes that the socket took without waiting."""
+        try:
+            return self._connection.send(frame, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return 0
+        except OSError:
+            _leave("the server no longer reads")
 
     def flush(self, seconds: float) -> None:
         self._queue.put(None)
         self._thread.join(seconds)
 
     def _run(self) -> None:
-        while (report := self._queue.get()) is not None:
+        while (rest := self._queue.get()) is not None:
             try:
-                self._connection.sendall(_frame(report))
+                self._connection.sendall(rest)
             except OSError:
                 _leave("the server no longer reads")
+            with self._lock:
+                self._behind -= 1
 
 
 def _frame(report: Report) -> bytes:
@@ -80,7 +100,7 @@ def _frame(report: Report) -> bytes:
         return encode(RequestEvent(call=report.call, event=to_failed(error)))
 
 
-def _leave(why: str) -> None:
+def _leave(why: str) -> NoReturn:
     """End at once from any thread: the other threads may be deep in a kernel, and nobody is left to hear of them."""
     logger.info("leaving: %s", why)
     sys.stderr.flush()

@@ -19,7 +19,7 @@ from server.engine.hf_executor import HfExecutor
 from server.engine.interface import Event, Failed, Finished, Request, ResidentInfo, Sampling, Started, Token, VariantKey, VariantSpec
 from server.engine.loading import FolderLoader, Variant
 from server.engine.loop import Loop
-from server.engine.messages import Reply, Report, RequestEvent
+from server.engine.messages import Reply, Report, RequestEvent, StepTokens
 from server.engine.residents import Residents
 from server.engine.steps import translate
 from server.residency import Claim, Ledger
@@ -73,7 +73,13 @@ class Bench:
         self.loop.submit(call, Request(id=f"r{call}", variant=spec.key, prompt_token_ids=prompt, sampling=Sampling(**options)), spec)
 
     def events(self, call: int) -> list[Event]:
-        return [report.event for report in list(self.said) if isinstance(report, RequestEvent) and report.call == call]
+        found: list[Event] = []
+        for report in list(self.said):
+            if isinstance(report, RequestEvent) and report.call == call:
+                found.append(report.event)
+            elif isinstance(report, StepTokens):
+                found += [Token(token_id=token_id) for other, token_id in report.tokens if other == call]
+        return found
 
     def last(self, call: int) -> Finished | Failed:
         wait_for(lambda: bool(self.events(call)) and isinstance(self.events(call)[-1], Finished | Failed))
@@ -138,6 +144,22 @@ def test_requests_finish_in_order_of_arrival(specs: dict[str, VariantSpec]) -> N
         assert [call for call in bench.order() if call % 2] == [11, 13, 15]
         assert [call for call in bench.order() if not call % 2] == [10, 12, 14]
         assert [type(event) for event in bench.events(10)] == [Started, Token, Token, Token, Finished]
+
+
+def test_plain_tokens_of_a_step_are_told_together_and_in_their_place(specs: dict[str, VariantSpec]) -> None:
+    """Four requests in the same steps, of which the second is told log-probabilities and the third ends early."""
+    bench = Bench()
+    options: dict[int, dict[str, object]] = {1: {}, 2: {"logprobs": 0}, 3: {"max_tokens": 3}, 4: {}}
+    for call, own in options.items():
+        bench.submit(call, specs["fp32"], prompt=(call,), **{"max_tokens": 5, **own})
+    with running(bench):
+        assert [bench.last(call).completion_tokens for call in options] == [5, 5, 3, 5]  # type: ignore[union-attr]
+    for call, own in options.items():
+        kinds = [type(event) for event in bench.events(call)]
+        assert kinds == [Started, *[Token] * int(own.get("max_tokens", 5)), Finished]  # type: ignore[call-overload]
+    together = [[call for call, _ in report.tokens] for report in bench.said if isinstance(report, StepTokens)]
+    assert sum(map(len, together)) == 5 + 3 + 5, "those with log-probabilities go by themselves"
+    assert [1] in together and [3, 4] in together, "one with log-probabilities is not overtaken by what follows it"
 
 
 def test_the_queue_is_bounded(specs: dict[str, VariantSpec]) -> None:

@@ -21,6 +21,7 @@ from server.engine.messages import (
     Hello,
     Reply,
     RequestEvent,
+    StepTokens,
     Unload,
     decode_command,
     decode_report,
@@ -66,6 +67,18 @@ def test_commands_survive_the_wire(call: int, request: Request) -> None:
 def test_events_survive_the_wire(call: int, event: Started | Token | Finished | Failed) -> None:
     report = RequestEvent(call=call, event=event)
     assert decode_report(encode(report)[4:]) == report
+
+
+@given(st.lists(st.tuples(UINT64, UINT64), max_size=40))
+def test_tokens_of_a_step_survive_the_wire(tokens: list[tuple[int, int]]) -> None:
+    report = StepTokens(tokens=tuple(tokens))
+    assert decode_report(encode(report)[4:]) == report
+
+
+@pytest.mark.parametrize("tokens", [None, 5, [[1]], [[1, 2, 3]], [["a", 2]], {"1": 2}])
+def test_tokens_of_another_shape_are_refused(tokens: object) -> None:
+    with pytest.raises(FrameError):
+        decode_report(msgpack.packb({"type": "tokens", "tokens": tokens}))
 
 
 @given(st.binary(max_size=200))
