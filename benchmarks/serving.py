@@ -3,11 +3,13 @@
     python -m benchmarks.serving [RECIPE ...] [--rounds 5] [--tokens 128] [--json FILE]
 
 step: the native step and the choice of the largest logit, in a process of their own. engine: a request to the engine's worker process.
-HTTP: `precis serve` and the official client, counting the tokens that arrive. The best round of each is reported.
+HTTP: `precis serve` and a client that reads the stream and counts its tokens. official client: the same through the `openai` package, whose
+own work for each token is on the same two cores. The best round of each is reported.
 """
 
 import argparse
 import asyncio
+import http.client
 import json
 import random
 import re
@@ -15,6 +17,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 from openai import OpenAI
 from rich.console import Console
@@ -38,7 +42,7 @@ class Http:
             "-m",
             "server.cli",
             "serve",
-            "demo",
+            DEMO,
             "--recipes",
             *recipes,
             "--port",
@@ -50,21 +54,37 @@ class Http:
         assert self._process.stdout is not None
         for line in self._process.stdout:
             if found := re.search(r"listens on (http://\S+)", line):
+                self._address = urlsplit(found[1]).netloc
                 self._client = OpenAI(base_url=f"{found[1]}/v1", api_key="none", timeout=300)
                 return
         raise SystemExit(f"precis serve ended with status {self._process.wait()}")
 
     def decode(self, recipe: str, tokens: int) -> float:
-        """Tokens a second between the first and the last that the client sees."""
-        prompt = [random.randrange(100, 40000) for _ in range(CONTEXT)]
+        """Tokens a second between the first and the last that the client sees, each an event of its own."""
+        connection = http.client.HTTPConnection(self._address, timeout=300)
+        connection.request("POST", "/v1/completions", json.dumps(request(recipe, tokens)), {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        if answer.status != 200:
+            raise SystemExit(f"the server answered {answer.status}: {answer.read().decode()}")
+        first = last = 0.0
+        made, rest = 0, b""
+        while piece := answer.read1():
+            *events, rest = (rest + piece).split(b"\n\n")
+            now = time.perf_counter()
+            for event in events:
+                body = json.loads(event.removeprefix(b"data: ")) if event != b"data: [DONE]" else {}
+                if body.get("choices"):
+                    first, last = first or now, now
+                if body.get("usage"):
+                    made = body["usage"]["completion_tokens"]
+        connection.close()
+        return (made - 1) / (last - first)
+
+    def decode_officially(self, recipe: str, tokens: int) -> float:
+        """`decode` through the official client."""
+        body = request(recipe, tokens)
         stream = self._client.completions.create(
-            model=f"{DEMO}@{recipe}",
-            prompt=prompt,
-            max_tokens=tokens,
-            temperature=0,
-            stream=True,
-            stream_options={"include_usage": True},
-            extra_body={"ignore_eos": True},
+            **{key: value for key, value in body.items() if key != "ignore_eos"}, extra_body={"ignore_eos": True}
         )
         first = last = 0.0
         made = 0
@@ -81,11 +101,24 @@ class Http:
         self._process.wait()
 
 
+def request(recipe: str, tokens: int) -> dict[str, Any]:
+    """A streamed completion of exactly `tokens` tokens after a prompt that no cache knows."""
+    return {
+        "model": f"{DEMO}@{recipe}",
+        "prompt": [random.randrange(100, 40000) for _ in range(CONTEXT)],
+        "max_tokens": tokens,
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "ignore_eos": True,
+    }
+
+
 async def measure(options: argparse.Namespace) -> list[dict[str, float | str]]:
     demo, artifacts = demo_variants(options.recipes, Console())
     engine = EngineClient(Settings(device="cpu"), threads=options.threads)
     await engine.start()
-    http = Http(options.recipes)
+    server = Http(options.recipes)
     best: dict[tuple[str, str], float] = {}
     try:
         for slug in options.recipes:
@@ -93,22 +126,23 @@ async def measure(options: argparse.Namespace) -> list[dict[str, float | str]]:
             info = await engine.load(VariantSpec(key=key, checkpoint_dir=str(demo), artifact_dir=artifacts[slug] or None))
             step = start_ours(demo, slug, artifacts[slug], options.threads)
             step.run("load", "load")
-            http.decode(slug, options.tokens)  # loads it
+            server.decode(slug, options.tokens)  # loads it
             for _ in range(options.rounds):
                 step.run("step", "decode", prompts=[PROMPTS[0][:CONTEXT]], steps=options.tokens)
                 rates = {"step": options.tokens / step.best["step"]}
                 rates["engine"] = await decode_speed(engine, key, info, 1, argparse.Namespace(prompt=CONTEXT, tokens=options.tokens))
-                rates["HTTP"] = await asyncio.to_thread(http.decode, slug, options.tokens)
+                rates["HTTP"] = await asyncio.to_thread(server.decode, slug, options.tokens)
+                rates["official client"] = await asyncio.to_thread(server.decode_officially, slug, options.tokens)
                 for depth, rate in rates.items():
                     best[slug, depth] = max(best.get((slug, depth), 0), rate)
             step.process.kill()
             step.process.wait()
     finally:
-        http.close()
+        server.close()
         await engine.stop(0)
     return [
         {"recipe": slug}
-        | {depth: round(best[slug, depth], 1) for depth in ("step", "engine", "HTTP")}
+        | {depth: round(best[slug, depth], 1) for depth in ("step", "engine", "HTTP", "official client")}
         | {
             "HTTP by step": round(best[slug, "HTTP"] / best[slug, "step"], 3),
             "HTTP by engine": round(best[slug, "HTTP"] / best[slug, "engine"], 3),
