@@ -182,6 +182,7 @@ def test_chunks_threads_and_instruction_sets_change_no_bit(name: str, dtype: tor
         (best, 1, (150,)),
         (best, 2, (1,) * 150),
         (best, 3, (64, 1, 37, 48)),
+        (best, 7, (1,) * 5 + (145,)),  # more threads than some products have parts
         ("scalar", 2, (7, 143)),
         ("avx2", 1, (149, 1)),
     ):

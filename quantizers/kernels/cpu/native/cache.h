@@ -11,7 +11,6 @@
 #include <cstring>
 
 #include "kernels.h"
-#include "numbers.h"
 
 namespace precis {
 
@@ -25,24 +24,6 @@ struct CacheShape {
         return cache + (layer * blocks + block) * block_bytes() + head * 2 * plane_bytes();
     }
 };
-
-// The key and value [head_dim] of one position into slot 0..15 of a head's planes.
-inline void append(const CacheShape& shape, uint8_t* keys, int slot, const float* key, const float* value) {
-    const int64_t dims = shape.head_dim;
-    uint8_t* values = keys + shape.plane_bytes();
-    if (shape.fp32) {
-        auto* k = reinterpret_cast<float*>(keys);
-        for (int64_t d = 0; d < dims; d++) k[d * kBlockTokens + slot] = key[d];
-        std::memcpy(values + slot * dims * 4, value, static_cast<size_t>(dims) * 4);
-        return;
-    }
-    auto* k = reinterpret_cast<uint16_t*>(keys);
-    auto* v = reinterpret_cast<uint16_t*>(values) + int64_t{slot / 2} * dims * 2 + slot % 2;
-    for (int64_t d = 0; d < dims; d++) {
-        k[(d / 2 * kBlockTokens + slot) * 2 + d % 2] = to_bf16(key[d]);
-        v[d * 2] = to_bf16(value[d]);
-    }
-}
 
 inline void copy_block(const CacheShape& shape, uint8_t* cache, int64_t from, int64_t to) {
     for (int64_t layer = 0; layer < shape.layers; layer++)

@@ -18,6 +18,7 @@ struct AttendCall {
     int blocks;                       // 1 to kChunkBlocks
     const uint8_t* keys[4];           // the key plane of each block, see cache.h
     const uint8_t* values[4];
+    const uint8_t* next[4];           // planes of keys that are read after this chunk, to be asked for; null where nothing is asked for
     int start;                        // position of the chunk's first slot
     const int* first;                 // row i attends to the positions first[i] <= p < limit[i]; at least one lies in the chunk
     const int* limit;
@@ -42,6 +43,10 @@ struct Kernels {
     void (*matmul)(const Matrix& m, const Activations& a, int64_t row0, int64_t row1, float* y, int64_t stride, uint8_t* panel);
     void (*rms_norm)(const float* x, const float* weight, float eps, int n, float* y);
     void (*silu_mul)(const float* gate, const float* up, int n, float* y);
+    // Rotary embedding of one head, times `factor`: the two halves of x [2 * half] are the parts of `half` complex numbers. y may be x.
+    void (*turn)(const float* x, const float* cos, const float* sin, int half, float factor, float* y);
+    // The key and value [head_dim] of one position into slot 0..15 of a head's planes, see cache.h.
+    void (*append)(const float* key, const float* value, int head_dim, bool fp32, int slot, uint8_t* keys, uint8_t* values);
     void (*attend)(const AttendCall& call);
     // What `attend` left for the chunks of one row -> result [head_dim]. `weight` has room for `chunks`.
     void (*combine)(const float* max, const float* sum, const float* out, int chunks, int head_dim, float* weight, float* result);

@@ -41,11 +41,20 @@ struct V {
         const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
         return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
     }
+    PRECIS_INLINE static float most(F x) {
+        const __m256 eight = _mm256_max_ps(x.lo, x.hi);
+        const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+        const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+        return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+    }
     PRECIS_INLINE static void sum4(F a, F b, F c, F d, float* out) {
         const __m128 p = quarter(a), q = quarter(b), r = quarter(c), s = quarter(d);
         const __m128 pq = _mm_add_ps(_mm_unpacklo_ps(p, q), _mm_unpackhi_ps(p, q));
         const __m128 rs = _mm_add_ps(_mm_unpacklo_ps(r, s), _mm_unpackhi_ps(r, s));
         _mm_storeu_ps(out, _mm_add_ps(_mm_movelh_ps(pq, rs), _mm_movehl_ps(rs, pq)));
+    }
+    PRECIS_INLINE static void sum16(const F (&x)[4][4], float (&out)[4][4]) {
+        for (int t = 0; t < 4; t++) sum4(x[t][0], x[t][1], x[t][2], x[t][3], out[t]);
     }
     PRECIS_INLINE static D magnitude(F x) {
         const __m256i mask = _mm256_set1_epi32(0x7fffffff);

@@ -41,9 +41,28 @@ struct V {
         const __m128 rs = _mm_add_ps(_mm_unpacklo_ps(r, s), _mm_unpackhi_ps(r, s));
         _mm_storeu_ps(out, _mm_add_ps(_mm_movelh_ps(pq, rs), _mm_movehl_ps(rs, pq)));
     }
+    // out[t][r] = the sum of x[t][r], in the order of `sum`: every step adds halves of two vectors at a time.
+    PRECIS_INLINE static void sum16(const F (&x)[4][4], float (&out)[4][4]) {
+        F eight[4];  // [rows]: four sums of four tokens each
+        PRECIS_UNROLL for (int r = 0; r < 4; r++) {
+            const F p = add(_mm512_shuffle_f32x4(x[0][r], x[1][r], 0x44), _mm512_shuffle_f32x4(x[0][r], x[1][r], 0xee));
+            const F q = add(_mm512_shuffle_f32x4(x[2][r], x[3][r], 0x44), _mm512_shuffle_f32x4(x[2][r], x[3][r], 0xee));
+            eight[r] = add(_mm512_shuffle_f32x4(p, q, 0x88), _mm512_shuffle_f32x4(p, q, 0xdd));
+        }
+        const F p = add(_mm512_shuffle_ps(eight[0], eight[1], 0x44), _mm512_shuffle_ps(eight[0], eight[1], 0xee));
+        const F q = add(_mm512_shuffle_ps(eight[2], eight[3], 0x44), _mm512_shuffle_ps(eight[2], eight[3], 0xee));
+        store(out[0], add(_mm512_shuffle_ps(p, q, 0x88), _mm512_shuffle_ps(p, q, 0xdd)));
+    }
     PRECIS_INLINE static __m128 quarter(F x) {
         const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
         return _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    }
+    // The largest lane, by `max` in the order of `sum`.
+    PRECIS_INLINE static float most(F x) {
+        const __m256 eight = _mm256_max_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+        const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+        const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+        return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
     }
     // The largest magnitude as the bits of a float, so that NaN and infinity are the largest of all.
     PRECIS_INLINE static D magnitude(F x) { return _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff)); }

@@ -43,8 +43,19 @@ struct V {
         for (int i = 0; i < 2; i++) lane[i] = lane[i] + lane[i + 2];
         return lane[0] + lane[1];
     }
+    static float most(const F& x) {
+        const auto larger = [](float a, float b) { return a > b ? a : b; };
+        float lane[8];
+        for (int i = 0; i < 8; i++) lane[i] = larger(x.lane[i], x.lane[i + 8]);
+        for (int i = 0; i < 4; i++) lane[i] = larger(lane[i], lane[i + 4]);
+        for (int i = 0; i < 2; i++) lane[i] = larger(lane[i], lane[i + 2]);
+        return larger(lane[0], lane[1]);
+    }
     static void sum4(const F& a, const F& b, const F& c, const F& d, float* out) {
         out[0] = sum(a), out[1] = sum(b), out[2] = sum(c), out[3] = sum(d);
+    }
+    static void sum16(const F (&x)[4][4], float (&out)[4][4]) {
+        for (int t = 0; t < 4; t++) sum4(x[t][0], x[t][1], x[t][2], x[t][3], out[t]);
     }
     static D magnitude(const F& x) {
         D out;

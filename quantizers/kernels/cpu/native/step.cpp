@@ -1,6 +1,7 @@
 #include "step.h"
 
 #include "api.h"
+#include "numbers.h"
 
 #include <time.h>
 
@@ -16,15 +17,6 @@ double now() {
     return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
 }
 
-// Rotary embedding of one head: the two halves of `head_dim` are the parts of `half` complex numbers.
-void rotate(float* x, const float* cos, const float* sin, int64_t half) {
-    for (int64_t i = 0; i < half; i++) {
-        const float a = x[i], b = x[half + i];
-        x[i] = a * cos[i] - b * sin[i];
-        x[half + i] = b * cos[i] + a * sin[i];
-    }
-}
-
 }  // namespace
 
 // One forward pass, as every thread of its team runs it.
@@ -34,25 +26,32 @@ public:
         : s_(step), m_(step.m_), b_(batch), k_(kernels), tokens_(static_cast<int>(batch.tokens)), single_(batch.tokens == 1),
           columns_((m_.heads + 2 * m_.kv_heads) * m_.head_dim), cache_{m_.layers, batch.blocks, m_.kv_heads, m_.head_dim, m_.cache_fp32 != 0} {}
 
+    static constexpr int64_t kMostUnits = 64;
+
     static void work(void* context, Team& team, int index) { static_cast<Run*>(context)->thread(team, index); }
 
 private:
     using Local = Step::Local;
 
     void thread(Team& team, int index) {
-        clock_ = index == 0 ? now() : clock_;
+        if (index == 0) clock_ = now();
         const int64_t row0 = team.begin(tokens_, index), row1 = team.begin(tokens_, index + 1);
         for (int64_t t = row0; t < row1; t++) embed(static_cast<int>(t));
+        deal_qkv(team, index, m_.layer[0]);
         if (single_) wait(team, index);
         for (int64_t l = 0; l < m_.layers; l++) {
             const Layer& layer = m_.layer[l];
             normed(team, index, layer.input_norm);
             qkv(team, index, layer);
             attention(team, index, layer, l);
-            residual(team, index, layer.o, inputs(index).out, Phase::kOut);
+            residual(team, index, layer.o, inputs(index).out, Phase::kOut, kOutUnits,
+                     [&] { deal(team, index, kMlpUnits, {&layer.gate}, tokens_); });
             normed(team, index, layer.post_norm);
             mlp(team, index, layer);
-            residual(team, index, layer.down, inputs(index).down, Phase::kDown);
+            residual(team, index, layer.down, inputs(index).down, Phase::kDown, kDownUnits, [&] {
+                if (l + 1 < m_.layers) deal_qkv(team, index, m_.layer[l + 1]);
+                else deal(team, index, kHeadUnits, {&m_.head}, static_cast<int>(b_.logit_rows));
+            });
         }
         if (b_.logit_rows > 0) head(team, index);
     }
@@ -71,6 +70,24 @@ private:
         team.barrier();
         mark(index, Phase::kWait);
     }
+
+    // The parts of the products that are dealt out to threads. Each is dealt during the phase before it, when no thread takes from it.
+    enum Units { kQkvUnits, kOutUnits, kMlpUnits, kDownUnits, kHeadUnits };
+
+    void deal(const Team& team, int index, Units which, std::initializer_list<const Matrix*> parts, int tokens) {
+        int64_t count = 0;
+        for (const Matrix* m : parts) count += unit_count(*m, tokens);
+        s_.shares_[which].deal(index, team.begin(count, index), team.begin(count, index + 1));
+    }
+
+    // work(first unit, end) until none are left.
+    template <class Work>
+    void share(const Team& team, int index, Units which, int64_t most, Work work) {
+        for (int64_t begin, end; s_.shares_[which].take(index, team.size(), most, begin, end);) work(begin, end);
+    }
+
+    // Units that are taken together where their products stay in the scratch memory.
+    int64_t most_units() const { return single_ ? Step::kScratchUnits : 1; }
 
     // make(row) for every row that this thread makes, and a barrier where others read it.
     template <class Make>
@@ -100,19 +117,21 @@ private:
         });
     }
 
+    void deal_qkv(const Team& team, int index, const Layer& layer) { deal(team, index, kQkvUnits, {&layer.q, &layer.k, &layer.v}, tokens_); }
+
     void qkv(Team& team, int index, const Layer& layer) {
-        const Matrix* parts[] = {&layer.q, &layer.k, &layer.v};
-        int64_t total = 0, before = 0, column = 0;
-        for (const Matrix* part : parts) total += unit_count(*part, tokens_);
-        const int64_t begin = team.begin(total, index), end = team.begin(total, index + 1);
-        for (const Matrix* part : parts) {
-            const int64_t units = unit_count(*part, tokens_), first = std::clamp<int64_t>(begin - before, 0, units);
-            multiply(k_, *part, inputs(index).hidden.view(), first, std::clamp<int64_t>(end - before, 0, units),
-                     s_.qkv_.get() + column + first * unit_rows(tokens_), columns_, mine(index).panel.get());
-            before += units, column += part->rows;
-        }
+        share(team, index, kQkvUnits, kMostUnits, [&](int64_t begin, int64_t end) {
+            int64_t before = 0, column = 0;
+            for (const Matrix* part : {&layer.q, &layer.k, &layer.v}) {
+                const int64_t units = unit_count(*part, tokens_), first = std::clamp<int64_t>(begin - before, 0, units);
+                multiply(k_, *part, inputs(index).hidden.view(), first, std::clamp<int64_t>(end - before, 0, units),
+                         s_.qkv_.get() + column + first * unit_rows(tokens_), columns_, mine(index).panel.get());
+                before += units, column += part->rows;
+            }
+        });
         mark(index, Phase::kQkv);
-        if (index == 0) next_unit_.store(0, std::memory_order_relaxed);
+        deal(team, index, kOutUnits, {&layer.o}, tokens_);
+        if (index == 0) next_unit_.store(team.size(), std::memory_order_relaxed);  // thread i begins with unit i
         wait(team, index);
     }
 
@@ -124,10 +143,9 @@ private:
             wait(team, index);
         }
         const auto& units = s_.plan_.units;
-        for (;;) {
-            const auto i = static_cast<size_t>(next_unit_.fetch_add(1, std::memory_order_relaxed));
-            if (i >= units.size()) break;
-            attend(mine(index), units[i], layer, l);
+        for (size_t i = static_cast<size_t>(index), next = 0; i < units.size(); i = next) {
+            next = static_cast<size_t>(next_unit_.fetch_add(1, std::memory_order_relaxed));
+            attend(mine(index), units[i], next < units.size() ? units[next] : units[i], layer, l);
         }
         mark(index, Phase::kAttention);
         wait(team, index);
@@ -140,13 +158,15 @@ private:
     void write_cache(const Layer& layer, int64_t l, int t, int head) {
         float* key = s_.qkv_.get() + t * columns_ + (m_.heads + head) * m_.head_dim;
         if (layer.k_norm != nullptr) k_.rms_norm(key, layer.k_norm, m_.epsilon, static_cast<int>(m_.head_dim), key);
-        turn(key, t);
-        append(cache_, keys(l, t, head, b_.position[t] / kBlockTokens), b_.position[t] % kBlockTokens, key, key + m_.kv_heads * m_.head_dim);
+        turn(key, t, 1.0f, key);
+        uint8_t* plane = keys(l, t, head, b_.position[t] / kBlockTokens);
+        k_.append(key, key + m_.kv_heads * m_.head_dim, static_cast<int>(m_.head_dim), cache_.fp32, b_.position[t] % kBlockTokens, plane,
+                  plane + cache_.plane_bytes());
     }
 
-    void turn(float* x, int t) {
+    void turn(const float* x, int t, float factor, float* y) {
         const int64_t half = m_.head_dim / 2, at = b_.position[t] * half;
-        rotate(x, b_.cos + at, b_.sin + at, half);
+        k_.turn(x, b_.cos + at, b_.sin + at, static_cast<int>(half), factor, y);
     }
 
     uint8_t* keys(int64_t l, int t, int head, int block) {
@@ -162,16 +182,23 @@ private:
         for (int i = 0; i < u.tokens * u.heads; i++, q += dims) {
             const int t = u.token0 + i / u.heads;
             const float* from = s_.qkv_.get() + t * columns_ + (u.head0 + i % u.heads) * m_.head_dim;
-            if (layer.q_norm != nullptr) k_.rms_norm(from, layer.q_norm, m_.epsilon, dims, q);
-            else std::copy(from, from + dims, q);
-            turn(q, t);
-            for (int d = 0; d < dims; d++) q[d] *= m_.scaling;
+            if (layer.q_norm != nullptr) k_.rms_norm(from, layer.q_norm, m_.epsilon, dims, q), from = q;
+            turn(from, t, m_.scaling, q);
             if (!m_.cache_fp32) k_.quantize_row(Kind::kBf16, q, rounded, i);
         }
         return m_.cache_fp32 ? static_cast<const void*>(mine.scratch.get()) : mine.query.get();
     }
 
-    void attend(Local& mine, const AttentionUnit& u, const Layer& layer, int64_t l) {
+    // Key planes of the blocks of a chunk for positions from `first` on; blocks that nobody sees are replaced. Returns their number.
+    int planes(const AttentionUnit& u, int64_t l, int chunk, int first, int limit, const uint8_t** out) {
+        int count = 0;
+        for (int b = chunk * kChunkBlocks; b < (chunk + 1) * kChunkBlocks && b * kBlockTokens < limit; b++)
+            out[count++] = keys(l, u.token0, u.kv_head, std::max(b, first / kBlockTokens));
+        return count;
+    }
+
+    // `next` is what this thread attends to after `u`.
+    void attend(Local& mine, const AttentionUnit& u, const AttentionUnit& next, const Layer& layer, int64_t l) {
         const int count = u.tokens * u.heads, dims = static_cast<int>(m_.head_dim), last = u.token0 + u.tokens - 1;
         // A query that still stands before its own key is in the last part of the context, whose unit writes the key.
         if (s_.plan_.writes_cache && u.chunk0 + u.chunks == chunk_end(b_.position[last])) write_cache(layer, l, last, u.kv_head);
@@ -190,11 +217,14 @@ private:
             while (from < to && first[to - 1] >= (chunk + 1) * kChunk) to--;
             if (from == to) continue;
             c.start = chunk * kChunk, c.rows = to - from, c.first = first + from, c.limit = limit + from;
-            c.blocks = 0;
-            for (int b = chunk * kChunkBlocks; b < (chunk + 1) * kChunkBlocks && b * kBlockTokens < limit[to - 1]; b++) {
-                const bool seen = (b + 1) * kBlockTokens > first[from];
-                c.keys[c.blocks] = keys(l, u.token0, u.kv_head, seen ? b : first[from] / kBlockTokens);
-                c.values[c.blocks] = c.keys[c.blocks] + cache_.plane_bytes(), c.blocks++;
+            c.blocks = planes(u, l, chunk, first[from], limit[to - 1], c.keys);
+            for (int b = 0; b < c.blocks; b++) c.values[b] = c.keys[b] + cache_.plane_bytes();
+            if (u.tokens == 1) {
+                const bool same = chunk + 1 < u.chunk0 + u.chunks;
+                const AttentionUnit& then = same ? u : next;
+                const int position = b_.position[then.token0], begin = first_position(position, layer.window);
+                const int seen = planes(then, l, same ? chunk + 1 : then.chunk0, begin, position + 1, c.next);
+                for (int b = seen; b < kChunkBlocks; b++) c.next[b] = c.next[0];
             }
             AttendCall part = c;
             part.query = static_cast<const uint8_t*>(c.query) + from * dims * (cache_.fp32 ? 4 : 2);
@@ -224,32 +254,35 @@ private:
         return mine.row.get();
     }
 
-    // x += inputs times m.
-    void residual(Team& team, int index, const Matrix& m, const Inputs& in, Phase phase) {
+    // x += inputs times m. `before_wait` deals the next phase out.
+    template <class Deal>
+    void residual(Team& team, int index, const Matrix& m, const Inputs& in, Phase phase, Units units, Deal before_wait) {
         float* product = mine(index).scratch.get();
-        const int64_t units = unit_count(m, tokens_), size = unit_rows(tokens_);
-        for (int64_t u = team.begin(units, index); u < team.begin(units, index + 1); u++) {
-            multiply(k_, m, in.view(), u, u + 1, product, size, mine(index).panel.get());
-            const int64_t row0 = u * size, count = std::min(size, m.rows - row0);
+        share(team, index, units, most_units(), [&](int64_t begin, int64_t end) {
+            const int64_t row0 = begin * unit_rows(tokens_), size = (end - begin) * unit_rows(tokens_);
+            const int64_t count = std::min(size, m.rows - row0);
+            multiply(k_, m, in.view(), begin, end, product, size, mine(index).panel.get());
             for (int t = 0; t < tokens_; t++)
                 for (int64_t r = 0; r < count; r++) s_.x_.get()[t * m_.hidden + row0 + r] += product[t * size + r];
-        }
+        });
         mark(index, phase);
+        before_wait();
         wait(team, index);
     }
 
     void mlp(Team& team, int index, const Layer& layer) {
-        const int64_t units = unit_count(layer.gate, tokens_), size = unit_rows(tokens_);
         const Activations& in = inputs(index).hidden.view();
-        float *gate = mine(index).scratch.get(), *up = gate + tokens_ * size;
-        for (int64_t u = team.begin(units, index); u < team.begin(units, index + 1); u++) {
-            const int64_t row0 = u * size, count = std::min(size, m_.intermediate - row0);
-            multiply(k_, layer.gate, in, u, u + 1, gate, size, mine(index).panel.get());
-            multiply(k_, layer.up, in, u, u + 1, up, size, mine(index).panel.get());
+        share(team, index, kMlpUnits, most_units(), [&](int64_t begin, int64_t end) {
+            const int64_t row0 = begin * unit_rows(tokens_), size = (end - begin) * unit_rows(tokens_);
+            const int64_t count = std::min(size, m_.intermediate - row0);
+            float *gate = mine(index).scratch.get(), *up = gate + tokens_ * size;
+            multiply(k_, layer.gate, in, begin, end, gate, size, mine(index).panel.get());
+            multiply(k_, layer.up, in, begin, end, up, size, mine(index).panel.get());
             k_.silu_mul(gate, up, static_cast<int>(tokens_ * size), gate);
             for (int t = 0; t < tokens_; t++) std::copy(gate + t * size, gate + t * size + count, s_.h_.get() + t * m_.intermediate + row0);
-        }
+        });
         mark(index, Phase::kMlp);
+        deal(team, index, kDownUnits, {&layer.down}, tokens_);
         wait(team, index);
         rows(team, index, tokens_, Phase::kNorm, [&](int t) { inputs(index).down.fill(k_, s_.h_.get() + t * m_.intermediate, t); });
     }
@@ -262,8 +295,9 @@ private:
             k_.rms_norm(s_.x_.get() + b_.logit_row[r] * m_.hidden, m_.final_norm, m_.epsilon, static_cast<int>(m_.hidden), y);
             in.fill(k_, y, r);
         });
-        const int64_t units = unit_count(m_.head, count), unit0 = team.begin(units, index);
-        multiply(k_, m_.head, in.view(), unit0, team.begin(units, index + 1), b_.logits + unit0 * unit_rows(count), m_.vocab, mine(index).panel.get());
+        share(team, index, kHeadUnits, kMostUnits, [&](int64_t begin, int64_t end) {
+            multiply(k_, m_.head, in.view(), begin, end, b_.logits + begin * unit_rows(count), m_.vocab, mine(index).panel.get());
+        });
         mark(index, Phase::kHead);
         wait(team, index);
     }

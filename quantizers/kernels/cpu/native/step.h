@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cache.h"
+#include "shares.h"
 #include "tokens.h"
 
 namespace precis {
@@ -99,9 +100,12 @@ private:
 
     void reserve(const Batch& b, int threads);
 
+    static constexpr int kScratchUnits = 4;  // of one token, see `Run::most_units`
+
     const Model m_;
     AttentionPlan plan_;
     std::vector<Local> local_;
+    Shares shares_[5];
     Buffer<float> x_, qkv_, attended_, h_, max_, sum_, partial_;
 };
 

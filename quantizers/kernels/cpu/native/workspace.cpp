@@ -19,6 +19,7 @@ void Step::reserve(const Batch& b, int threads) {
         for (const Matrix* m : {&a.q, &a.k, &a.v, &a.gate, &a.up}) hidden |= bit(m->kind);
         out |= bit(a.o.kind), down |= bit(a.down.kind);
     }
+    for (Shares& shares : shares_) shares.reserve(threads);
     if (local_.size() < size(threads)) local_ = std::vector<Local>(size(threads));
     for (Local& mine : local_) {
         const bool reads = &mine == &local_[0] || b.tokens == 1;
@@ -27,7 +28,8 @@ void Step::reserve(const Batch& b, int threads) {
         if (reads) mine.down.prepare(down, static_cast<int>(b.tokens), m_.intermediate, nullptr);
         if (&mine == &local_[0] || b.logit_rows == 1) mine.head.prepare(bit(m_.head.kind), static_cast<int>(b.logit_rows), m_.hidden, nullptr);
         mine.row.reserve(size(widest));
-        mine.scratch.reserve(size(std::max(2 * kPanel * b.tokens, kQueries * m_.head_dim)));
+        const int64_t products = 2 * std::max<int64_t>(kPanel * b.tokens, kRows * kScratchUnits);
+        mine.scratch.reserve(size(std::max(products, kQueries * m_.head_dim)));
         mine.query.reserve(size(kQueries * m_.head_dim));
         mine.panel.reserve(size(panel_bytes(widest)));
         mine.weight.reserve(size(chunks + 16));
