@@ -14,6 +14,7 @@ from quantizers.activations import quantize_tokens
 from quantizers.blocks import layer_shape, linear_layers
 from quantizers.errors import InvalidInput, QuantizationFailed
 from quantizers.flow import Chunk, Group, Streams, find_groups
+from quantizers.memory import trim_heap
 from quantizers.methods.base import Method, Stream
 from quantizers.replay import Replay
 from quantizers.weights import QuantizedScheme, QuantizedWeight
@@ -121,6 +122,7 @@ class Block:
                     stack.callback(self.layers[group.names[0]].register_forward_pre_hook(hook).remove)
                 output[chunk.samples] = self.run_chunk(chunk, streams.full[chunk.samples])
         self._next_full = output
+        trim_heap()  # of what lay between the layers, before the method works
 
     def quantize_in_order(self, wanted: frozenset[Stream], see: SeeBoth, choose: Choose) -> None:
         """Quantize one group after the other, each on the inputs that the ones before it leave.
@@ -145,6 +147,7 @@ class Block:
             if full is not None:
                 self._keeps_whole = step < len(self.groups) - 1
                 self._forget_whole(full)
+            trim_heap()
             for name, weight in choose(group).items():
                 self.put(name, weight)
         self._keeps_whole = False

@@ -170,7 +170,7 @@ def _place(tensor: Tensor) -> tuple[int, int, int]:
     return tensor.untyped_storage().data_ptr(), int(tensor.storage_offset()), tensor.numel()
 
 
-CHUNK_TOKENS = 2048  # that run through a block at once: matrix products are at full speed, and what lies between layers stays small
+CHUNK_TOKENS = 1024  # that run through a block at once: products of matrices are at full speed, and what lies between layers is small
 
 
 @dataclass(frozen=True)

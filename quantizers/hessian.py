@@ -84,14 +84,15 @@ def factors(hessian: Tensor, *, damping: float, by_magnitude: bool, layer: str) 
     if bool(dead.all()):
         raise QuantizationFailed("all of its inputs on the calibration tokens are zero: use another text, or rtn", layer=layer)
     order = diagonal.argsort(descending=True, stable=True) if by_magnitude else torch.arange(len(diagonal), device=hessian.device)
-    ordered = hessian[order][:, order].double()
-    ordered.diagonal()[dead[order]] = 1
     mean = float(diagonal[~dead].double().mean())
     tried = damping
     while tried <= _LARGEST_DAMPING:
-        inverse = _inverse_factor(ordered, tried * mean)
+        damped = hessian[order][:, order].double()
+        damped.diagonal()[dead[order]] = 1
+        damped.diagonal().add_(tried * mean)
+        inverse = _inverse_factor(damped)
         if inverse is not None:
-            return Factors(order, inverse.float(), dead, tried * mean)
+            return Factors(order, inverse, dead, tried * mean)
         tried *= _DAMPING_STEP
     raise QuantizationFailed(
         f"the Hessian of its inputs is not positive definite, damped with up to {_LARGEST_DAMPING:g} of its mean diagonal: "
@@ -100,15 +101,14 @@ def factors(hessian: Tensor, *, damping: float, by_magnitude: bool, layer: str) 
     )
 
 
-def _inverse_factor(hessian: Tensor, ridge: float) -> Tensor | None:
-    """Upper Cholesky factor of (hessian + ridge I)^-1, or None where one of the two is not positive definite."""
-    damped = hessian.clone()
-    damped.diagonal().add_(ridge)
-    lower, failed = torch.linalg.cholesky_ex(damped)
-    del damped  # each of these matrices is twice as large as the Hessian
+def _inverse_factor(work: Tensor) -> Tensor | None:
+    """Upper Cholesky factor of the inverse of `work` fp64 [in, in], which is overwritten; fp32, or None where one of the two is not
+    positive definite.
+    """
+    failed = work.new_empty((), dtype=torch.int32)
+    torch.linalg.cholesky_ex(work, out=(work, failed))  # in place: each of these matrices is twice as large as the Hessian
     if int(failed):
         return None
-    inverse = torch.cholesky_inverse(lower)
-    del lower
-    upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-    return None if int(failed) or not bool(torch.isfinite(upper).all()) else upper
+    torch.cholesky_inverse(work, out=work)
+    torch.linalg.cholesky_ex(work, upper=True, out=(work, failed))
+    return None if int(failed) or not bool(torch.isfinite(work).all()) else work.float()

@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from quantizers.blocks import decoder_blocks, layer_shape
 from quantizers.errors import OutOfMemory
 from quantizers.flow import CHUNK_TOKENS
+from quantizers.memory import LARGE_TENSOR
 from quantizers.methods.base import LayerGroups, Method
 from quantizers.methods.rtn import Rtn
 from quantizers.mixed import SAMPLES as MIXED_SAMPLES
@@ -27,10 +28,11 @@ from quantizers.weights import QuantizedScheme, tensor_specs
 
 _FP32 = 4  # bytes
 # What a process comes to hold besides tensors: the empty model, and what libraries make when they first run.
-_PROCESS = 8 << 20
+_PROCESS = 24 << 20
 # What training keeps of a token: a layer's input in bf16 and what made it, its output; logits, both distributions, gradients.
 _KEPT_OF_INPUTS, _KEPT_OF_OUTPUTS, _LOGITS = 1.5, 1.0, 5
-_HOLES = 8  # a part of the activations in this is what the heap keeps between them
+_ATTENTION = 8  # tensors of the hidden width that live at once inside of it
+_KEPT = 4  # such tensors of a stream that the heap still holds after it ran through a block, where they are small
 
 
 @dataclass(frozen=True)
@@ -128,9 +130,11 @@ class _Inside:
         tokens = min(samples, max(1, CHUNK_TOKENS // length)) * length if samples else 0
         self._tokens = tokens
         widest = max((max(shape) for shape in shapes.values()), default=0)
-        # A gated product has three tensors of the inner width at once, and around it lie some of the hidden one.
-        self._chunk = tokens * (3 * widest + 4 * text.hidden_size) * _FP32
-        self._chunk += self._chunk // _HOLES
+        # Around a gated product lie four tensors of the inner width and three of the hidden one.
+        hidden = tokens * text.hidden_size * _FP32
+        product = 4 * tokens * widest * _FP32 + 3 * hidden
+        self._chunk = product if hidden < LARGE_TENSOR else max(product, _ATTENTION * hidden)
+        self._heap = _KEPT * hidden if hidden < LARGE_TENSOR else 0
         if model.config._attn_implementation == "eager":
             self._chunk += 2 * tokens * length * text.num_attention_heads * _FP32  # scores and their softmax, for all pairs of tokens
 
@@ -141,7 +145,7 @@ class _Inside:
         for method in self._methods():
             streams = method.streams()
             copies = _copies(method, self._recipe)
-            activations, whole = self._chunk if streams else 0, 0
+            activations, whole = self._chunk + len(streams) * self._heap if streams else 0, 0
             if len(streams) == 2:  # two runs side by side: the input of a layer in the first is kept, and weights before quantization
                 activations += self._tokens * max((columns for _, columns in self._shapes.values()), default=0) * _FP32
                 whole = max((sum(rows * columns for rows, columns in group) for group in groups), default=0) * _FP32
@@ -158,7 +162,7 @@ class _Inside:
 
     def _measuring(self, artifact: int) -> PeakBytes:
         """Widths are tried on a few samples: the block's input, two outputs and what compares them, weights kept beside the tried ones."""
-        return PeakBytes(artifact, 2 * self._block, 5 * self._stream, self._chunk, Rtn(name="rtn").scratch_bytes(_groups(self._shapes)))
+        return PeakBytes(artifact, 2 * self._block, 5 * self._stream, self._chunk + self._heap, Rtn(name="rtn").scratch_bytes(_groups(self._shapes)))
 
 
 def _copies(method: Method, recipe: Recipe) -> int:

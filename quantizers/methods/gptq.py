@@ -56,8 +56,8 @@ class Gptq(Method):
         return len(self.streams()) * FP32_BYTES * _widest(groups) ** 2
 
     def scratch_bytes(self, groups: LayerGroups) -> int:
-        """Beside these, the Hessian and its factors in fp64; or the rows of a group in several stages of their work."""
-        factoring = (3 * 2 * FP32_BYTES) * _widest(groups) ** 2
+        """Beside these, the Hessian reordered and in fp64; or the rows of a group in several stages of their work."""
+        factoring = 4 * FP32_BYTES * _widest(groups) ** 2
         working = 6 * FP32_BYTES * max((sum(rows * columns for rows, columns in group) for group in groups), default=0)
         return self.held_bytes(groups) + max(factoring, working)
 
