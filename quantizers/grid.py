@@ -2,7 +2,7 @@
 
 The conventions are compressed-tensors' (`calculate_qparams`): 0 always lies in the range of `none` and `integer`, a symmetric scale is
 max|w| / ((2^b - 1) / 2), a zero point is an integer in the range of the codes. `minimum` takes the range as it is. Scales and minimums
-are rounded to fp16 before codes are chosen, so that the codes are the nearest ones for the numbers that are stored.
+are stored in fp16. A search chooses codes for the stored numbers; rounding to nearest chooses them as the others do, before that rounding.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,6 +18,7 @@ from quantizers.scheme import GROUP_SIZES, IntegerScheme, MinifloatScheme
 from quantizers.weights import QuantizedWeight, fits, is_plain_int8
 
 _SMALLEST_FP16 = 2.0**-24
+_FP16_ROUNDING = 2.0**-11  # of a normal number, relative
 _PACKED_AT_ONCE = 1 << 17  # codes: packing takes 16 bytes of scratch space for each
 _SEARCH_BYTES = 64 << 20  # of scratch space for one search over a matrix: rows are independent, so they are searched some at a time
 
@@ -38,9 +39,9 @@ class Grid:
             return -self.zero_point.float() * self.scale.float()
         return torch.zeros_like(self.scale, dtype=torch.float32) if self.minimum is None else self.minimum.float()
 
-    def codes(self, grouped: Tensor) -> Tensor:
-        """Nearest codes, as fp32 integers, of `grouped` fp32 [out, G, group]."""
-        scale = self.scale.float().unsqueeze(-1)
+    def codes(self, grouped: Tensor, step: Tensor | None = None) -> Tensor:
+        """Nearest codes, as fp32 integers, of `grouped` fp32 [out, G, group]; by `step` fp32 [out, G] instead of the scale."""
+        scale = (self.scale.float() if step is None else step).unsqueeze(-1)
         if self.minimum is not None:
             scaled = (grouped - self.minimum.float().unsqueeze(-1)) / scale
         elif self.zero_point is not None:
@@ -106,6 +107,19 @@ def check_groups_fit(scheme: IntegerScheme | MinifloatScheme, in_features: int, 
 def range_grid(grouped: Tensor, scheme: IntegerScheme, layer: str) -> Grid:
     """The grid over the whole range of each group of `grouped` fp32 [out, G, group]."""
     return _grid(grouped.amin(-1), grouped.amax(-1), scheme, layer)
+
+
+def nearest_codes(grouped: Tensor, grid: Grid) -> Tensor:
+    """Nearest codes of `grouped` fp32 [out, G, group] on its own `range_grid`; where that is symmetric, by the steps before they were
+    stored in fp16.
+
+    The largest weight of a group then lies half a step beyond the last code, between two that are as near. Rounding the step first would
+    decide by its last bit, mostly for the smaller one: measured, 2 % more KL at w4g64.
+    """
+    if not grid.scheme.symmetric:
+        return grid.codes(grouped)
+    stored, exact = grid.scale.float(), _step(grouped.amin(-1), grouped.amax(-1), grid.scheme)
+    return grid.codes(grouped, torch.where((stored - exact).abs() <= _FP16_ROUNDING * exact, exact, stored))  # else it is too small
 
 
 def searched_grid(grouped: Tensor, importance: Tensor, scheme: IntegerScheme, layer: str, shrinks: tuple[float, ...]) -> Grid:
@@ -181,13 +195,18 @@ def _grid(low: Tensor, high: Tensor, scheme: IntegerScheme, layer: str) -> Grid:
     """`low` and `high` fp32 [out, G]: the range that the codes are to cover."""
     if scheme.zero == "minimum":
         return minimum_grid((high - low) / scheme.qmax, low, scheme, layer)
-    low, high = low.clamp(max=0), high.clamp(min=0)
+    exact = _step(low, high, scheme)
     if scheme.symmetric:
-        return Grid(scheme, _to_fp16(torch.maximum(-low, high) / ((scheme.qmax - scheme.qmin) / 2), layer))
-    exact = (high - low) / (scheme.qmax - scheme.qmin)
+        return Grid(scheme, _to_fp16(exact, layer))
     nonzero = exact.clamp(min=torch.finfo(torch.float32).tiny)  # a group of zeros has no range: its zero point is 0
-    zero_point = (-low / nonzero).clamp(scheme.qmin, scheme.qmax).round()
+    zero_point = (-low.clamp(max=0) / nonzero).clamp(scheme.qmin, scheme.qmax).round()
     return Grid(scheme, _to_fp16(exact, layer), zero_point=zero_point.to(torch.uint8))
+
+
+def _step(low: Tensor, high: Tensor, scheme: IntegerScheme) -> Tensor:
+    """fp32 [out, G]: of a range that holds 0, without or with an integer zero point."""
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    return (torch.maximum(-low, high) * 2 if scheme.symmetric else high - low) / (scheme.qmax - scheme.qmin)
 
 
 def _to_fp16(scale: Tensor, layer: str) -> Tensor:

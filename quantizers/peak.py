@@ -162,7 +162,9 @@ class _Inside:
 
     def _measuring(self, artifact: int) -> PeakBytes:
         """Widths are tried on a few samples: the block's input, two outputs and what compares them, weights kept beside the tried ones."""
-        return PeakBytes(artifact, 2 * self._block, 5 * self._stream, self._chunk + self._heap, Rtn(name="rtn").scratch_bytes(_groups(self._shapes)))
+        return PeakBytes(
+            artifact, 2 * self._block, 5 * self._stream, self._chunk + self._heap, Rtn(name="rtn").scratch_bytes(_groups(self._shapes))
+        )
 
 
 def _copies(method: Method, recipe: Recipe) -> int:

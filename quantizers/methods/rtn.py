@@ -40,11 +40,11 @@ class Rtn(Method):
 
 def quantize_nearest(weight: "Tensor", scheme: IntegerScheme, *, layer: str) -> "QuantizedWeight":
     """`weight` [out_features, in_features], any float dtype, in `scheme`. Raises QuantizationFailed naming `layer` where it cannot be."""
-    from quantizers.grid import as_groups, range_grid
+    from quantizers.grid import as_groups, nearest_codes, range_grid
 
     grouped = as_groups(weight, scheme, layer)
     grid = range_grid(grouped, scheme, layer)
-    return grid.weight(grid.codes(grouped).view(weight.shape))
+    return grid.weight(nearest_codes(grouped, grid).view(weight.shape))
 
 
 def quantize_minifloat(weight: "Tensor", scheme: MinifloatScheme, *, layer: str) -> "QuantizedWeight":

@@ -58,8 +58,8 @@ def test_scales_zero_points_and_integers_are_compressed_tensors(slug: str, shift
     if not scheme.symmetric:
         middle = 1 << (scheme.weight_bits - 1)
         assert torch.equal(ours.tensors["zero_point"].int()[some] - middle, zero_point.int()[some])
-    stored = torch.where(some, scale.half().float(), 1.0)
-    theirs = quantize(weight, stored, zero_point, args, dtype=torch.int8).int()
+    step = scale if scheme.symmetric else scale.half().float()
+    theirs = quantize(weight, torch.where(some, step, 1.0), zero_point, args, dtype=torch.int8).int()
     rows = some.all(-1)
     assert torch.equal(signed_codes(ours)[rows], theirs[rows])
     assert ours.dequantize()[5].abs().max() == 0
