@@ -5,7 +5,7 @@ layers of a block for one chunk of tokens, and what the method holds. All of it 
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -126,13 +126,13 @@ class _Inside:
         self._block = sum(parameter.numel() for parameter in block.parameters()) * _FP32
         self._recipe, self._shapes = recipe, shapes
         text = model.config.get_text_config(decoder=True)
-        self._stream = samples * length * text.hidden_size * _FP32
+        self._stream: int = samples * length * text.hidden_size * _FP32
         tokens = min(samples, max(1, CHUNK_TOKENS // length)) * length if samples else 0
         self._tokens = tokens
         widest = max((max(shape) for shape in shapes.values()), default=0)
         # Around a gated product lie four tensors of the inner width and three of the hidden one.
-        hidden = tokens * text.hidden_size * _FP32
-        product = 4 * tokens * widest * _FP32 + 3 * hidden
+        hidden: int = tokens * text.hidden_size * _FP32
+        product: int = 4 * tokens * widest * _FP32 + 3 * hidden
         self._chunk = product if hidden < LARGE_TENSOR else max(product, _ATTENTION * hidden)
         self._heap = _KEPT * hidden if hidden < LARGE_TENSOR else 0
         if model.config._attn_implementation == "eager":
@@ -151,10 +151,16 @@ class _Inside:
                 whole = max((sum(rows * columns for rows, columns in group) for group in groups), default=0) * _FP32
             held, scratch = method.held_bytes(groups), method.scratch_bytes(groups)
             found.append(PeakBytes(artifact, self._block + whole, copies * self._stream, activations, held))
-            found.append(PeakBytes(artifact, self._block + whole, copies * self._stream, 0, scratch))
+            found.append(PeakBytes(artifact, self._block + whole, copies * self._stream, self._trained(method), scratch))
         if isinstance(self._recipe.scheme, MixedScheme):
             found.append(self._measuring(artifact))
         return found
+
+    def _trained(self, method: Method) -> int:
+        """What the layers keep of one step's tokens for their gradients, and what a run holds beside it."""
+        if not method.chunk_tokens:
+            return 0
+        return _kept_for_gradients(self._tokens, self._shapes.values()) + self._chunk + self._heap
 
     def _methods(self) -> tuple[Method, ...]:
         methods = self._recipe.methods
@@ -214,16 +220,17 @@ def _whole(
     rest = {key for name, key in keys.items() if name.removesuffix(".weight") not in inside}
     unquantized = sum(torch.Size(source.shape(key)).numel() * _FP32 for key in rest if source.dtype(key) != torch.float32)
     tokens = min(samples, max(1, (method.chunk_tokens or CHUNK_TOKENS) // length)) * length if samples else 0
-    inputs = sum(columns for _, columns in inside.values())
-    outputs = sum(rows for rows, _ in inside.values())
-    kept = tokens * _FP32 * (_KEPT_OF_INPUTS * inputs + _KEPT_OF_OUTPUTS * outputs)
     return PeakBytes(
         2 * artifact,
         unquantized,
         len(method.streams()) * samples * length * text.hidden_size * _FP32,
-        int(kept) + _LOGITS * tokens * text.vocab_size * _FP32,
+        _kept_for_gradients(tokens, inside.values()) + _LOGITS * tokens * text.vocab_size * _FP32,
         method.whole_bytes(sum(rows * columns for rows, columns in inside.values())),
     )
+
+
+def _kept_for_gradients(tokens: int, shapes: Collection[tuple[int, int]]) -> int:
+    return int(tokens * _FP32 * sum(_KEPT_OF_OUTPUTS * rows + _KEPT_OF_INPUTS * columns for rows, columns in shapes))
 
 
 def _groups(shapes: Mapping[str, tuple[int, int]]) -> LayerGroups:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from quantizers.errors import UnsupportedScheme
-from quantizers.methods.base import Method, Stream
+from quantizers.methods.base import FP32_BYTES, LayerGroups, Method, Stream
 from quantizers.scheme import IntegerScheme, LayerScheme
 
 if TYPE_CHECKING:
@@ -36,6 +36,10 @@ class ZeroQuant(Method):
             raise UnsupportedScheme(
                 f"zeroquant makes symmetric integer formats such as w4g64a8, w8a8 or w4g64, not {scheme.slug}", param="model"
             )
+
+    def scratch_bytes(self, groups: LayerGroups) -> int:
+        """Weights that learn, their gradients, both moments, two copies in the making, and what they begin at."""
+        return 7 * FP32_BYTES * sum(rows * columns for group in groups for rows, columns in group)
 
     def for_trial(self) -> "ZeroQuant":
         return self.model_copy(update={"steps": 1})

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from quantizers.errors import QuantizationFailed, UnknownRecipe, UnsupportedScheme
+from quantizers.grid import as_groups, range_grid
 from quantizers.methods.zeroquant import ZeroQuant
 from quantizers.pipeline import Progress, quantize
 from quantizers.recipe import Recipe, parse_recipe
-from quantizers.scheme import parse_scheme
+from quantizers.scheme import IntegerScheme, parse_scheme
 from tests.quantizers.conftest import DECODERS, MemoryTensors, calibration_tokens
 
 SAMPLES = 32
@@ -41,13 +42,19 @@ def test_distillation_lowers_the_blocks_error_on_held_tokens_too(tiny: Callable,
 def test_a_block_that_training_made_worse_keeps_its_rounded_weights(tiny: Callable) -> None:
     """A learning rate that shakes every weight: what is left is what rounding alone gives."""
     model, checkpoint = tiny("llama")
-    given = {"calibration": calibration_tokens()}
-    sinks = [MemoryTensors(), MemoryTensors()]
-    result = quantize(model.config, checkpoint, recipe_of(learning_rate=1, steps=8), sinks[0].__setitem__, **given)
+    sink = MemoryTensors()
+    shaken = recipe_of(learning_rate=1, steps=8)
+    result = quantize(model.config, checkpoint, shaken, sink.__setitem__, calibration=calibration_tokens())
     assert [loss.kept for loss in result.trained] == [False, False]
     assert all(loss.held_after > loss.held_before for loss in result.trained)
-    quantize(model.config, checkpoint, parse_recipe("rtn-w3g32"), sinks[1].__setitem__)
-    assert all(torch.equal(sinks[0][name], sinks[1][name]) for name in sinks[1])
+    scheme = parse_scheme("w3g32")
+    assert isinstance(scheme, IntegerScheme) and len(result.layers) == 14
+    for layer in result.layers:
+        weight = checkpoint[f"{layer.name}.weight"]
+        grouped = as_groups(weight, scheme, layer.name)
+        grid = range_grid(grouped, scheme, layer.name)
+        rounded = grid.weight(grid.codes(grouped).view(weight.shape))
+        assert all(torch.equal(sink[f"{layer.name}.{name}"], tensor) for name, tensor in rounded.tensors.items())
 
 
 class Killed(Exception):
