@@ -96,7 +96,7 @@ def distil(
     """
     taught, held = split(whole.chunks)
     parts = (measured(taught), held)
-    before, held_before = _measure(whole, whole.weights, parts)
+    before, held_before = _measure(whole, whole.weights, parts, labels)
     plan = Plan(steps=epochs * len(taught), warmup=0.05)
     directory = whole.training.directory
     with computing_with(whole.model, learning):
@@ -110,7 +110,7 @@ def distil(
             tell=whole.training.tell,
         )
     trained = {name: each.quantized() for name, each in learning.items()}
-    after, held_after = _measure(whole, trained, parts)
+    after, held_after = _measure(whole, trained, parts, labels)
     kept = held_after < held_before
     whole.training.record(BlockLoss(NAME, plan.steps, before, after, held_before, held_after, kept))
     return trained if kept else dict(whole.weights)
@@ -124,11 +124,11 @@ def divergence(whole: Whole, chunk: Chunk, labels: float = 0) -> Tensor:
     return loss + labels * nll_loss(found, whole.labels(chunk), ignore_index=_NONE) if labels else loss
 
 
-def _measure(whole: Whole, weights: Mapping[str, QuantizedWeight], parts: Sequence[Sequence[Chunk]]) -> list[float]:
+def _measure(whole: Whole, weights: Mapping[str, QuantizedWeight], parts: Sequence[Sequence[Chunk]], labels: float) -> list[float]:
     """The same over each of `parts`, with weights rounded for good."""
     rounded = {name: Rounded(weight) for name, weight in weights.items()}
     with torch.no_grad(), computing_with(whole.model, rounded):
-        return [sum(float(divergence(whole, chunk)) for chunk in part) / len(part) for part in parts]
+        return [sum(float(divergence(whole, chunk, labels)) for chunk in part) / len(part) for part in parts]
 
 
 def _identity(whole: Whole, groups: Sequence[ParameterGroup], labels: float) -> str:
