@@ -137,8 +137,11 @@ class Jobs:
         with self._database.transaction() as connection:
             return self._start(connection, job_id, owner)
 
-    def advance(self, job_id: str, *, stage: str, progress: float, seconds_left: float | None = None) -> Job:
-        """Say how far a running job is. Raises InvalidInput for a share outside of 0 to 1, Conflict where it does not run."""
+    def advance(self, job_id: str, *, stage: str, progress: float, seconds_left: float | None = None, loss: float | None = None) -> Job:
+        """Say how far a running job is, and the last step's loss where it trains, which only the event has.
+
+        Raises InvalidInput for a share outside of 0 to 1, Conflict where it does not run.
+        """
         if not 0 <= progress <= 1:
             raise InvalidInput(f"progress is {progress}: it is a share from 0 to 1", param="progress")
         with self._database.transaction() as connection:
@@ -147,7 +150,7 @@ class Jobs:
                 raise Conflict(f"{job_id} is {row['state']}, not running: it makes no progress", param="job_id")
             facts = {"stage": stage, "progress": progress, "seconds_left": seconds_left}
             connection.execute("UPDATE jobs SET stage = ?, progress = ?, seconds_left = ? WHERE id = ?", (*facts.values(), job_id))
-            _append(connection, job_id, {"state": "running", **facts})
+            _append(connection, job_id, {"state": "running", **facts, **({} if loss is None else {"loss": loss})})
             return _job(_row(connection, job_id))
 
     def succeed(self, job_id: str, variant: str) -> Job:

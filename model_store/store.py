@@ -6,6 +6,7 @@
   uploads/<id>/              parts as they arrive
   files/<id>                 a completed upload
   precis.sqlite              jobs, uploads, files
+  training/<name>/<slug>/    how far methods that train are with a variant that is not whole yet
   tmp/                       whatever is being written; renamed into place when whole, emptied at start of what dead processes left
 """
 
@@ -17,9 +18,10 @@ from model_store.atomic import Staging
 from model_store.checkpoints import Checkpoints
 from model_store.database import Database
 from model_store.files import Files
+from model_store.inspection import check_name
 from model_store.jobs import Jobs
 from model_store.uploads import Uploads
-from model_store.variants import Variants
+from model_store.variants import Variants, check_slug
 
 MAX_UPLOAD_BYTES = 64 << 30  # the weights of a model of 30 billion parameters in bf16
 
@@ -38,6 +40,19 @@ class Store:
         self.files = Files(self.data_dir / "files", self._staging, self._database)
         self.uploads = Uploads(self.data_dir / "uploads", self._staging, self._database, self.files, max_upload_bytes)
         self.jobs = Jobs(self._database)
+
+    def training(self, name: str, slug: str) -> Path:
+        """The folder in which whoever makes this variant keeps how far it is, so that a later try goes on. It is not made here.
+
+        Raises InvalidInput for a name or slug that could lead elsewhere.
+        """
+        check_name(name)
+        check_slug(slug)
+        return self.data_dir / "training" / name / slug
+
+    def forget_training(self, name: str, slug: str) -> None:
+        """Remove it, if there is one: the variant is whole, or wanted no more."""
+        self._staging.remove(self.training(name, slug))
 
     def close(self) -> None:
         """Let go of the database and of this process's part of tmp/."""

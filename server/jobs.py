@@ -80,7 +80,9 @@ class JobRunner:
         """End a queued or running job at once. Raises NotFound, Conflict where it is over."""
         job = await run_sync(self._store.jobs.cancel, job_id)
         if self._running == job_id:
-            self._kill()
+            self._kill()  # and `_run` removes what it leaves
+        else:
+            await run_sync(self._store.forget_training, job.checkpoint, job.slug)
         await self._notify()
         return job
 
@@ -127,8 +129,9 @@ class JobRunner:
         finally:
             self._kill()
             self._process, self._running = None, None
-        if (await run_sync(self._store.jobs.get, job.id)).is_over:
-            return  # cancelled meanwhile
+        if (await run_sync(self._store.jobs.get, job.id)).is_over:  # cancelled meanwhile
+            await run_sync(self._store.forget_training, job.checkpoint, job.slug)
+            return
         if "result" in last:
             peak = {name: last["result"][name] for name in ("peak_bytes", "predicted_peak_bytes")}
             await run_sync(self._store.jobs.append_event, job.id, {"state": "running", **peak})
@@ -163,8 +166,8 @@ class JobRunner:
             now = message["progress"]
             with contextlib.suppress(Conflict):  # cancelled a moment ago
                 share = now["done"] / now["total"] if now["total"] else 0.0
-                advance = partial(self._store.jobs.advance, job_id, stage=now["stage"], progress=share, seconds_left=now["seconds_left"])
-                await run_sync(advance)
+                facts = {"stage": now["stage"], "progress": share, "seconds_left": now["seconds_left"], "loss": now["loss"]}
+                await run_sync(partial(self._store.jobs.advance, job_id, **facts))
             await self._notify()
         return last
 

@@ -154,4 +154,8 @@ def _table(name: str, reports: dict[str, Report]) -> Table:
 
 
 def _shares(share: Share) -> Callable[[Progress], None]:
-    return lambda progress: share(progress.stage, progress.done / progress.total if progress.total else 0.0)
+    def show(progress: Progress) -> None:
+        loss = "" if progress.loss is None else f", loss {progress.loss:.4g}"
+        share(progress.stage, progress.done / progress.total if progress.total else 0.0, loss)
+
+    return show

@@ -49,7 +49,9 @@ def make_variant(
     progress: Callable[[Progress], None],
     calibration: CalibrationOptions | None = None,
 ) -> Variant:
-    """Quantize and commit. Raises Conflict where the variant exists, QuantizationFailed naming the layer, InvalidInput for a baseline, a
+    """Quantize and commit. A method that trains goes on from where an earlier try of this variant was killed.
+
+    Raises Conflict where the variant exists, QuantizationFailed naming the layer, InvalidInput for a baseline, a
     calibration text that is too short, or calibration options for a recipe whose methods look at no tokens.
     """
     recipe, target = parse_recipe(slug), resolve_device(device)
@@ -66,6 +68,7 @@ def make_variant(
                 calibration=tokens,
                 device=target,
                 progress=progress,
+                checkpoints=store.training(checkpoint, slug),
                 memory_limit=measure(torch.device(target)).free,
             )
         progress(Progress("write", result.bytes, result.bytes, 0.0))
@@ -77,7 +80,9 @@ def make_variant(
             facts=asdict(result),
             canary=_canary(source, config, recipe, draft.dir / "model.safetensors", target).model_dump(),
         )
-        return draft.commit(manifest)
+        variant = draft.commit(manifest)
+    store.forget_training(checkpoint, slug)
+    return variant
 
 
 def _canary(checkpoint: Checkpoint, config: PretrainedConfig, recipe: Recipe, artifact: Path, device: str) -> Canary:

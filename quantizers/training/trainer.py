@@ -110,7 +110,7 @@ class _Run:
         self.step += 1
         self.losses.append(total)
         if self._file is not None and (self.step % self._plan.save_every == 0 or self.step == self._plan.steps):
-            write_state(self._file, State(self.step, tuple(self.losses), self._tensors(), self._fingerprint))
+            write_state(self._file, State(self.step, tuple(self.losses), self._tensors(self.step), self._fingerprint))
 
     def _update(self, key: str, gradient: Tensor, group: ParameterGroup) -> None:
         parameter, mean, square = self._parameters[key], self._means[key], self._squares[key]
@@ -132,15 +132,17 @@ class _Run:
                 layer=self._name,
             )
 
-    def _tensors(self) -> dict[str, Tensor]:
-        kinds = {"parameter": self._parameters, "mean": self._means, "square": self._squares}
+    def _tensors(self, step: int) -> dict[str, Tensor]:
+        """What is kept after so many steps: who has taken the last needs no moments any more."""
+        moments = {} if step == self._plan.steps else {"mean": self._means, "square": self._squares}
+        kinds = {"parameter": self._parameters, **moments}
         return {f"{kind}.{key}": tensor for kind, tensors in kinds.items() for key, tensor in tensors.items()}
 
     def _resume(self) -> None:
-        state = None if self._file is None else read_state(self._file, self._tensors(), self._fingerprint)
+        state = None if self._file is None else read_state(self._file, self._tensors, self._fingerprint)
         if state is None:
             return
         with torch.no_grad():
-            for key, tensor in self._tensors().items():
+            for key, tensor in self._tensors(state.step).items():
                 tensor.copy_(state.tensors[key])
         self.step, self.losses = state.step, list(state.losses)

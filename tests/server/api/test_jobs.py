@@ -74,6 +74,19 @@ def test_waiting_for_a_variant_is_bounded(serve: Any, small: str) -> None:
         assert server.http.post(f"/v1/quantize/jobs/{job['id']}/cancel").json()["state"] == "cancelled"
 
 
+def test_training_says_its_loss_and_a_cancelled_job_leaves_nothing(server: Any, small: str) -> None:
+    slug = "zeroquant.steps2000-w4g64a8"
+    shown = {"samples": 4, "length": 32}
+    job = server.http.post("/v1/quantize/jobs", json={"model": small, "recipe": slug, "calibration": shown}).json()
+    folder = server.store.training(small, slug)
+    server.wait_for(lambda: folder.exists() and any(folder.iterdir()), 120)
+    assert server.http.post(f"/v1/quantize/jobs/{job['id']}/cancel").json()["state"] == "cancelled"
+    server.wait_for(lambda: not folder.exists(), 30)
+    events = events_of(server.http.get(f"/v1/quantize/jobs/{job['id']}/events").text)
+    losses = [data["loss"] for _, _, data in events if data.get("stage") == "train" and "loss" in data]
+    assert losses and all(loss > 0 for loss in losses)
+
+
 def test_upload_and_quantize_starts_its_jobs(server: Any, tiny: Path) -> None:
     ids = []
     for path in sorted(tiny.iterdir()):
