@@ -77,6 +77,7 @@ class RequestMeter:
         self._endpoint = endpoint
         self._arrival = time.perf_counter()
         self._last_token: dict[int, float] = {}  # choice -> when its newest token came
+        self._of_tokens: tuple[Counter, Histogram] | None = None
         self._queued = False
         self._finished = False
         self.variant = UNKNOWN
@@ -90,13 +91,20 @@ class RequestMeter:
         self._metrics.prompt_tokens.labels(*self._labels).observe(prompt_tokens)
 
     def token(self, choice: int) -> None:
+        """Another token of a choice. `variant` is known by now, and is not changed any more."""
         now = time.perf_counter()
-        if not self._last_token:
+        if self._of_tokens is None:
             self._metrics.time_to_first_token.labels(*self._labels).observe(now - self._arrival)
+            # Looked up once: it takes longer than counting does, and there are hundreds of tokens a second.
+            self._of_tokens = (
+                self._metrics.generated_tokens_total.labels(*self._labels),
+                self._metrics.inter_token_latency.labels(*self._labels),
+            )
+        generated, latency = self._of_tokens
         if choice in self._last_token:
-            self._metrics.inter_token_latency.labels(*self._labels).observe(now - self._last_token[choice])
+            latency.observe(now - self._last_token[choice])
         self._last_token[choice] = now
-        self._metrics.generated_tokens_total.labels(*self._labels).inc()
+        generated.inc()
 
     def sequence(self, cached_tokens: int, output_tokens: int) -> None:
         """A sequence ended well."""

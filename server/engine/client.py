@@ -11,11 +11,11 @@ import logging
 from collections.abc import AsyncGenerator
 
 from quantizers.errors import EngineUnavailable, NotFound, PrecisError
+from server.engine.frames import FrameError
 from server.engine.interface import Failed, Finished, Request, ResidentInfo, Started, StepStats, Token, VariantKey, VariantSpec
 from server.engine.messages import (
     Cancel,
     Command,
-    FrameError,
     Generate,
     Load,
     Reply,
@@ -26,7 +26,6 @@ from server.engine.messages import (
     Unload,
     decode_report,
     encode,
-    read_frame,
     to_error,
 )
 from server.engine.process import EngineSettings, WorkerProcess
@@ -168,7 +167,7 @@ class EngineClient:
     def _send(self, command: Command) -> None:
         if self._worker is None or (self._stopping and not isinstance(command, Cancel)):
             raise EngineUnavailable(f"the engine does not take requests: {self._why}; try again in a few seconds")
-        self._worker.writer.write(encode(command))
+        self._worker.transport.write(encode(command))
 
     async def _start_worker(self) -> WorkerProcess:
         return await WorkerProcess.start(self._settings, threads=self._threads, timeout_seconds=self._start_timeout)
@@ -197,8 +196,7 @@ class EngineClient:
         """Distribute what `worker` reports until it ends, then tell everybody who waits."""
         broken = None
         try:
-            while (body := await read_frame(worker.reader)) is not None:
-                self._distribute(decode_report(body))
+            await worker.frames.serve(lambda body: self._distribute(decode_report(body)))
         except FrameError as error:
             broken = str(error)
             logger.error("the engine's process is not understood and is ended: %s", error)

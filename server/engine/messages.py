@@ -1,14 +1,9 @@
-"""What crosses the socket between the HTTP process and the worker, and how: one msgpack map a frame, behind its length.
-
-    frame = length (4 bytes, big-endian, at most MAX_FRAME_BYTES) + msgpack of {"type": ..., fields}
+"""What crosses the socket between the HTTP process and the worker: one msgpack map a frame, {"type": ..., fields}.
 
 Both ends validate every frame with the models below. A frame that does not fit them means that the peer is not the one that was
 started, so both ends then close the connection; nothing is guessed. No torch here.
 """
 
-import asyncio
-import socket
-import struct
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgpack
@@ -16,15 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from quantizers import errors
 from quantizers.errors import Overloaded, PrecisError, QuantizationFailed
+from server.engine.frames import MAX_FRAME_BYTES, FrameError, framed
 from server.engine.interface import Event, Failed, Request, ResidentInfo, StepStats, VariantKey, VariantSpec
 
-MAX_FRAME_BYTES = 64 << 20  # top-20 log-probabilities of a 128k prompt take about 40 MiB, and nothing larger is ever sent
-_LENGTH = struct.Struct(">I")
 T = TypeVar("T")
-
-
-class FrameError(Exception):
-    """Bytes that are no frame of this protocol."""
 
 
 class _Frame(BaseModel):
@@ -111,7 +101,7 @@ def encode(message: Command | Report) -> bytes:
             f"a message of {len(body)} bytes to or from the engine is over the {MAX_FRAME_BYTES} allowed: "
             "shorten the prompt or ask for fewer log-probabilities"
         )
-    return _LENGTH.pack(len(body)) + body
+    return framed(body)
 
 
 def decode_command(body: bytes) -> Command:
@@ -136,40 +126,6 @@ def _short(error: BaseException) -> str:
     if isinstance(error, ValidationError):
         return "; ".join(f"{'.'.join(map(str, part['loc']))}: {part['msg']}" for part in error.errors()[:3])
     return f"{type(error).__name__}: {error}"[:200]
-
-
-def _length(header: bytes) -> int:
-    (length,) = _LENGTH.unpack(header)
-    if length > MAX_FRAME_BYTES:
-        raise FrameError(f"a frame announces {length} bytes, over the {MAX_FRAME_BYTES} allowed")
-    return int(length)
-
-
-async def read_frame(reader: asyncio.StreamReader) -> bytes | None:
-    """The body of the next frame, None where the peer closed, in or between frames. Raises FrameError."""
-    try:
-        return await reader.readexactly(_length(await reader.readexactly(_LENGTH.size)))
-    except (asyncio.IncompleteReadError, ConnectionError):
-        return None
-
-
-def receive_frame(connection: socket.socket) -> bytes | None:
-    """`read_frame` for a blocking socket."""
-    try:
-        header = _receive(connection, _LENGTH.size)
-        return None if header is None else _receive(connection, _length(header))
-    except ConnectionError:
-        return None
-
-
-def _receive(connection: socket.socket, count: int) -> bytes | None:
-    data = bytearray()
-    while len(data) < count:
-        chunk = connection.recv(min(count - len(data), 1 << 20))
-        if not chunk:
-            return None
-        data += chunk
-    return bytes(data)
 
 
 def to_failed(error: PrecisError) -> Failed:

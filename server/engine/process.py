@@ -10,7 +10,8 @@ from collections import deque
 from typing import Protocol, Self
 
 from quantizers.errors import EngineUnavailable
-from server.engine.messages import FrameError, Hello, decode_report, read_frame
+from server.engine.frames import FrameError, FrameProtocol
+from server.engine.messages import Hello, decode_report
 
 logger = logging.getLogger("server.engine.worker")
 
@@ -54,10 +55,10 @@ def worker_command(settings: EngineSettings, socket_fd: int, threads: int | None
 
 
 class WorkerProcess:
-    """A worker that said hello. `reader` and `writer` are its socket."""
+    """A worker that said hello. `frames` and `transport` are the two directions of its socket."""
 
-    def __init__(self, process: asyncio.subprocess.Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.reader, self.writer = reader, writer
+    def __init__(self, process: asyncio.subprocess.Process, transport: asyncio.WriteTransport, frames: FrameProtocol) -> None:
+        self.transport, self.frames = transport, frames
         self._process = process
         self._last_lines: deque[str] = deque(maxlen=3)
         assert process.stderr is not None
@@ -83,10 +84,10 @@ class WorkerProcess:
             except OSError as error:
                 ours.close()
                 raise EngineUnavailable(f"the engine's process cannot be started: {error}") from error
-        worker = cls(process, *await asyncio.open_unix_connection(sock=ours))
+        worker = cls(process, *await asyncio.get_running_loop().create_unix_connection(FrameProtocol, sock=ours))
         try:
             async with asyncio.timeout(timeout_seconds):
-                body = await read_frame(worker.reader)
+                body = await worker.frames.first()
             if body is not None and isinstance(decode_report(body), Hello):
                 return worker
             why = "its first words are not the protocol's" if body is not None else None
@@ -99,7 +100,7 @@ class WorkerProcess:
         raise EngineUnavailable(f"the engine's process did not come up: {why or death}")
 
     async def terminate(self) -> None:
-        """SIGTERM, then SIGKILL for one that does not end; what it reports meanwhile is still to be read by who reads `reader`."""
+        """SIGTERM, then SIGKILL for one that does not end; what it reports meanwhile is still to be taken from `frames`."""
         if self._process.returncode is None:
             self._process.terminate()
             try:
@@ -110,7 +111,7 @@ class WorkerProcess:
 
     async def finish(self) -> str:
         """Close the socket, which ends the process; wait, kill if need be. Returns how it died, for people."""
-        self.writer.close()
+        self.transport.close()
         try:
             await asyncio.wait_for(self._process.wait(), _EXIT_SECONDS)
         except TimeoutError:

@@ -21,11 +21,11 @@ import torch
 
 from quantizers.errors import PrecisError, TooLarge
 from server.engine.device import default_budget, open_device
+from server.engine.frames import FrameError, receive_frame
 from server.engine.loading import FolderLoader
 from server.engine.loop import Loop
 from server.engine.messages import (
     Cancel,
-    FrameError,
     Generate,
     Hello,
     Load,
@@ -35,7 +35,6 @@ from server.engine.messages import (
     Unload,
     decode_command,
     encode,
-    receive_frame,
     to_failed,
 )
 from server.engine.residents import Residents

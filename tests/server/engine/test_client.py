@@ -195,7 +195,7 @@ def test_a_load_that_dies_is_told(specs: dict[str, VariantSpec]) -> None:
 def test_a_worker_that_speaks_nonsense_is_replaced(specs: dict[str, VariantSpec]) -> None:
     async def test(engine: EngineClient) -> None:
         assert engine._worker is not None
-        engine._worker.writer.write(b"\xff\xff\xff\xff nonsense")  # the worker closes; its successor is sound
+        engine._worker.transport.write(b"\xff\xff\xff\xff nonsense")  # the worker closes; its successor is sound
         await until(lambda: engine.restarts == 1 and engine.alive)
         assert (await engine.load(specs["fp32"])).key == specs["fp32"].key
 

@@ -1,10 +1,5 @@
 """Frames: what goes in comes out, and what is no message of the protocol is refused, whatever it is."""
 
-import asyncio
-import socket
-import struct
-import threading
-
 import msgpack
 import pytest
 from hypothesis import example, given
@@ -12,13 +7,11 @@ from hypothesis import strategies as st
 
 from quantizers import errors
 from quantizers.errors import InvalidInput, OutOfMemory, PrecisError, QuantizationFailed, TooLarge
+from server.engine.frames import MAX_FRAME_BYTES, FrameError
 from server.engine.interface import Failed, Finished, Request, Sampling, Started, Token, TokenLogprob, VariantKey, VariantSpec
 from server.engine.messages import (
-    MAX_FRAME_BYTES,
     Cancel,
-    FrameError,
     Generate,
-    Hello,
     Reply,
     RequestEvent,
     StepTokens,
@@ -26,8 +19,6 @@ from server.engine.messages import (
     decode_command,
     decode_report,
     encode,
-    read_frame,
-    receive_frame,
     to_error,
     to_failed,
 )
@@ -121,49 +112,6 @@ def test_what_msgpack_cannot_say_is_the_callers_error() -> None:
         encode(Generate(call=1, request=request_of(1, seed=2**64), spec=SPEC))
     with pytest.raises(InvalidInput, match="Unicode"):
         encode(Unload(call=1, key=VariantKey(model="\ud800", precision="bf16")))
-
-
-def test_frames_over_a_blocking_socket() -> None:
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        frames = [encode(Cancel(call=call)) for call in range(3)] + [encode(Generate(call=9, request=request_of(300_000), spec=SPEC))]
-        sender = threading.Thread(target=lambda: (ours.sendall(b"".join(frames)), ours.close()))
-        sender.start()
-        received = [receive_frame(theirs) for _ in frames]
-        assert [frame[4:] for frame in frames] == received
-        assert receive_frame(theirs) is None
-        sender.join()
-
-
-@pytest.mark.parametrize("sent", [b"\x00\x00", struct.pack(">I", 100) + b"half"])
-def test_a_peer_that_goes_in_the_middle_is_an_end(sent: bytes) -> None:
-    ours, theirs = socket.socketpair()
-    with theirs:
-        with ours:
-            ours.sendall(sent)
-        assert receive_frame(theirs) is None
-
-
-def test_an_announced_length_over_the_cap_is_refused_without_reading_it() -> None:
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        ours.sendall(struct.pack(">I", MAX_FRAME_BYTES + 1))
-        with pytest.raises(FrameError, match=str(MAX_FRAME_BYTES + 1)):
-            receive_frame(theirs)
-
-
-def test_frames_over_a_stream() -> None:
-    async def read(data: bytes) -> list[bytes | None]:
-        reader = asyncio.StreamReader()
-        reader.feed_data(data)
-        reader.feed_eof()
-        return [await read_frame(reader), await read_frame(reader)]
-
-    hello = encode(Hello(pid=1, device="cpu"))
-    assert asyncio.run(read(hello)) == [hello[4:], None]
-    assert asyncio.run(read(hello + hello[:7])) == [hello[4:], None]
-    with pytest.raises(FrameError, match="over the"):
-        asyncio.run(read(b"\xff" * 8))
 
 
 def error_types(root: type[PrecisError]) -> list[type[PrecisError]]:

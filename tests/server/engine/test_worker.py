@@ -5,8 +5,9 @@ import socket
 import threading
 import time
 
+from server.engine.frames import receive_frame
 from server.engine.interface import Failed
-from server.engine.messages import RequestEvent, StepTokens, decode_report, receive_frame
+from server.engine.messages import RequestEvent, StepTokens, decode_report
 from server.engine.worker import _Writer
 
 REPORTS = 20_000
