@@ -14,7 +14,7 @@ from server.engine.interface import Finished, FinishReason, Request, Started, To
 from server.engine.runner import Runner
 from server.engine.sampler import Sampled, check_finite, token_logprobs
 from server.engine.scheduler import Sequence, Work
-from server.engine.speculation import Drafting
+from server.engine.speculation import Drafting, StepCost
 
 
 class Generation:
@@ -76,13 +76,9 @@ class Generation:
         ready = sequence.table is not None and len(sequence.tokens) - sequence.computed == 1
         return sequence.max_tokens - sequence.generated - 1 if ready else 0
 
-    def draft(self, growing_share: float) -> None:
-        """Draft tokens for the next step from the text so far; see Drafting for `growing_share`."""
-        self.sequence.draft = self._drafting.draft(self.sequence.tokens, self.room, growing_share) if self.room > 0 else []
-
-    def verified(self, drafted: int, right: int) -> None:
-        """Of `drafted` tokens, the first `right` were right."""
-        self._drafting.verified(drafted, right)
+    def draft(self, sequences: int, cost: StepCost) -> None:
+        """Draft tokens for the next step, of so many sequences, from the text so far, where that pays."""
+        self.sequence.draft = self._drafting.draft(self.sequence.tokens, self.room, sequences, cost) if self.room > 0 else []
 
     def ends_with(self, token: int) -> bool:
         """Whether nothing follows `token`, which was sampled."""

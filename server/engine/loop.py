@@ -331,9 +331,8 @@ class Loop:
             assert scheduler is not None, "pinned requests have a cache"
             generations = [self._generation(job) for job in jobs.values()] if self._speculates else []
             twin = self._twins.of(key, self._jobs) if generations else None
-            share = runner.cost.growing_share(len(scheduler.running) or 1)
             for generation in generations:
-                generation.draft(share)
+                generation.draft(len(scheduler.running), runner.cost)
         began = time.perf_counter()
         drafts = {} if twin is None else self._draft(twin, generations, runner)
         drafting = time.perf_counter() - began
@@ -411,9 +410,7 @@ class Loop:
 
     def _verify(self, job: _Job, work: Work, right: int, twin: Twin | None) -> None:
         """Note how good a draft was, and whose."""
-        if twin is None:
-            self._generation(job).verified(len(work.draft), right)
-        else:
+        if twin is not None:
             twin.verified(len(work.draft), right)
         self._count(self._drafted, job.spec.key, len(work.draft))
         self._count(self._drafted_right, job.spec.key, right)

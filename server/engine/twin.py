@@ -21,7 +21,8 @@ MOST_DRAFTED = 5  # tokens a step; the twin computes each with a step of its own
 _READ_TOKENS = 256  # of texts that the twin has not seen yet, a step: as much as is read beside running streams, about
 _PRIOR = 0.7  # share of right drafts before any was verified
 _MEMORY = 0.02  # weight of the newest draft of any sequence
-_RETRY = 64  # steps after which drafting is tried again where it did not pay
+_FIRST_RETRY, _LAST_RETRY = 64, 1024  # steps after which drafting is tried again where it did not pay, twice as many each time
+_MARGIN = 1.05  # drafts must promise this many times the tokens a second that come without
 _TWIN_STEP = 0.5  # of a step, that one of the twin takes, before either was measured
 
 
@@ -42,7 +43,7 @@ class Twin:
         self._states: dict[int, _State] = {}  # by call
         self._cost = StepCost()
         self._right = _PRIOR
-        self._waited = 0
+        self._waited, self._patience = 0, _FIRST_RETRY
 
     def release(self) -> None:
         """Give all blocks back."""
@@ -65,20 +66,27 @@ class Twin:
 
         `cost` is that of the steps that verify.
         """
-        known = cost.seconds(sequences), self._cost.seconds(sequences)
-        best, best_rate = 0, 0.0
-        for length in range(MOST_DRAFTED + 1):
-            if known[0] is None or known[1] is None:
-                seconds = 1.0 + _TWIN_STEP * length
-            else:
-                seconds = (cost.seconds(sequences * (1 + length)) or known[0]) + length * known[1]
-            rate = sum(self._right**index for index in range(length + 1)) / seconds
+        plain = cost.seconds(sequences)
+        if plain is None:
+            return 0
+        drafting = self._cost.seconds(sequences)
+        best, best_rate = 0, _MARGIN / plain
+        tokens = probability = 1.0
+        for length in range(1, MOST_DRAFTED + 1):
+            probability *= self._right
+            tokens += probability
+            verifying = cost.seconds(sequences * (1 + length)) or plain
+            rate = tokens / (verifying + length * (_TWIN_STEP * plain if drafting is None else drafting))
             if rate > best_rate:
                 best, best_rate = length, rate
-        self._waited = 0 if best else self._waited + 1
-        if self._waited >= _RETRY:
-            self._waited, best = 0, 1
-        return best
+        if best:
+            self._waited, self._patience = 0, _FIRST_RETRY
+            return best
+        self._waited += 1
+        if self._waited < self._patience:
+            return 0
+        self._waited, self._patience = 0, min(2 * self._patience, _LAST_RETRY)
+        return 1
 
     def draft(self, generations: Sequence[Generation], length: int) -> dict[int, list[int]]:
         """At most `length` tokens for each, by call. One whose text the twin has yet to read gets none for now."""
