@@ -26,6 +26,7 @@ PROMPTS = {
 class Options:
     speculation: str
     twin_precision: str | None = None
+    kv_dtype: str = "auto"
     device: str = "cpu"
     memory_budget_bytes: int | None = 2 << 30
     max_waiting: int = 8

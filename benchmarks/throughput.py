@@ -28,6 +28,7 @@ class Settings:
     max_waiting: int = 64
     speculation: str = "off"  # what is measured is what streams share, not what is guessed
     twin_precision: str | None = None
+    kv_dtype: str = "auto"
 
 
 @dataclass(frozen=True)

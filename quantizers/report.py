@@ -75,6 +75,7 @@ class Report(_Frozen):
     window_tokens: int = Field(ge=2)
     device: str
     kernels: dict[str, int]  # kernel name -> linear layers that it ran
+    kv_dtype: str | None = None  # of the cached keys and values that it was measured with; older reports do not say
     perplexity: NotNegative  # exp of the mean negative log-likelihood of every token but a window's first
     kl_divergence: NotNegative  # mean KL(reference || variant) in nats a token
     kl_divergence_p99: NotNegative  # 99th percentile over tokens

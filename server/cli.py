@@ -78,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--windows", type=int, default=24, metavar="N", help="windows of 512 tokens to evaluate (default 24)")
     evaluate.add_argument("--json", action="store_true", help="print the reports as JSON instead of a table")
     evaluate.add_argument("--plot", type=Path, metavar="FILE", help="write quality against bytes as an SVG or PNG picture")
-    _add_settings(evaluate, ("data_dir", "device"))
+    _add_settings(evaluate, ("data_dir", "device", "kv_dtype"))
     evaluate.set_defaults(command=_evaluate)
 
     compare = commands.add_parser("compare", help="put measured variants side by side: a table, JSON, a picture")
@@ -101,7 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
     batch = commands.add_parser("batch", help="answer a file of requests, in OpenAI's batch format")
     batch.add_argument("file", type=Path, metavar="FILE.jsonl", help="requests, a JSON object a line: custom_id, method, url, body")
     batch.add_argument("--output", type=Path, metavar="FILE", help="answers; one that exists is gone on with (default FILE.answers.jsonl)")
-    _add_settings(batch, ("data_dir", "device", "default_precision", "on_load", "memory_budget_bytes", "load_timeout_seconds"))
+    _add_settings(batch, ("data_dir", "device", "default_precision", "on_load", "memory_budget_bytes", "load_timeout_seconds", "kv_dtype"))
     batch.set_defaults(command=_batch)
 
     doctor = commands.add_parser("doctor", help="say what hardware is here, which kernels run on it, and why")

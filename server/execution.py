@@ -8,6 +8,7 @@ from transformers import PretrainedConfig
 
 from quantizers.model import LoadedModel
 from server.engine.executor import Executor
+from server.engine.interface import KvDtype
 from server.engine.loading import kernels_of
 from server.engine.runner import choose_executor
 from server.engine.window import next_logits, window_logits
@@ -18,8 +19,9 @@ WARM_UP_TOKENS = 8
 class ServedExecution:
     """A `quantizers.evaluate.Execution` over the executor that the engine would choose. It sets the model's attention for good."""
 
-    def __init__(self, loaded: LoadedModel, config: PretrainedConfig) -> None:
-        self._executor: Executor = choose_executor(loaded.model, config)
+    def __init__(self, loaded: LoadedModel, config: PretrainedConfig, kv_dtype: KvDtype = "auto") -> None:
+        self._executor: Executor = choose_executor(loaded.model, config, kv_dtype)
+        self.kv_dtype = str(self._executor.cache_dtype).removeprefix("torch.")  # in effect
         self.kernels = kernels_of(loaded.kernels, self._executor)
         self._device = torch.device(loaded.model.device)
 

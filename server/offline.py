@@ -24,6 +24,7 @@ from quantizers.report import Report, quantization_of
 from quantizers.shared import SharedTensors
 from server.calibration import DEFAULT, SELF, CalibrationOptions, TextFile, find_file, read_text
 from server.console import Share, bar, output
+from server.engine.interface import KvDtype
 from server.execution import ServedExecution
 from server.plot import check_picture, plot_quality
 from server.quantizing import ensure_variant, make_variant, resolve_device
@@ -73,7 +74,7 @@ def evaluate(
     with Store(settings.data_dir) as store:
         checkpoint = _open(store, model)
         tokens = token_windows(Tokenizer(checkpoint.dir).encode_now, text, length=WINDOW_TOKENS, count=windows)
-        reports = _measure(store, checkpoint, list(dict.fromkeys(slugs)), tokens, text, settings.device)
+        reports = _measure(store, checkpoint, list(dict.fromkeys(slugs)), tokens, text, settings.device, settings.kv_dtype)
     if as_json:
         print(json.dumps([report.model_dump() for report in reports.values()], indent=2))
     else:
@@ -87,7 +88,9 @@ def _open(store: Store, model: str) -> Checkpoint:
         return open_checkpoint(store, model, share)
 
 
-def _measure(store: Store, checkpoint: Checkpoint, slugs: list[str], windows: torch.Tensor, text: Text, device: str) -> dict[str, Report]:
+def _measure(
+    store: Store, checkpoint: Checkpoint, slugs: list[str], windows: torch.Tensor, text: Text, device: str, kv_dtype: KvDtype
+) -> dict[str, Report]:
     """Reports by slug, stored with the variants."""
     target = resolve_device(device)
     for slug in slugs:
@@ -108,11 +111,12 @@ def _measure(store: Store, checkpoint: Checkpoint, slugs: list[str], windows: to
         reference = load("fp32").model
         variants = {slug: load(slug) for slug in slugs}
         exact = {slug: load(slug, load_reference) for slug in slugs if not parse_recipe(slug).is_baseline}
-        executions = {slug: ServedExecution(loaded, config) for slug, loaded in variants.items()}
+        executions = {slug: ServedExecution(loaded, config, kv_dtype) for slug, loaded in variants.items()}
         for execution in executions.values():
             stack.callback(execution.close)
         reports = measure(reference, variants, windows, text, executions=executions, exact=exact, progress=_shares(share))
     for slug, report in reports.items():
+        report = report.model_copy(update={"kv_dtype": executions[slug].kv_dtype})
         reports[slug] = _keep(store, checkpoint, slug, report)
     return reports
 
@@ -135,7 +139,18 @@ def _table(name: str, reports: dict[str, Report]) -> Table:
     first = next(iter(reports.values()))
     title = f"{name} on {first.text}, {first.windows} windows of {first.window_tokens} tokens, {first.device}"
     table = Table("recipe", title=title, title_justify="left")
-    for column in ("perplexity", "KL to fp32", "in fp32 arithmetic", "KL p99", "top-1", "MB", "of them shared", "tokens/s", "kernels"):
+    for column in (
+        "perplexity",
+        "KL to fp32",
+        "in fp32 arithmetic",
+        "KL p99",
+        "top-1",
+        "MB",
+        "of them shared",
+        "tokens/s",
+        "KV",
+        "kernels",
+    ):
         table.add_column(column, justify="left" if column == "kernels" else "right")
     for slug, report in reports.items():
         table.add_row(
@@ -148,6 +163,7 @@ def _table(name: str, reports: dict[str, Report]) -> Table:
             f"{sum(report.bytes.values()) / 1e6:.1f}",
             f"{report.bytes.get('shared_weights', 0) / 1e6:.1f}",
             f"{report.decode_tokens_per_second:.1f}",
+            report.kv_dtype or "",
             ", ".join(f"{kernel} x{count}" for kernel, count in sorted(report.kernels.items())),
         )
     return table

@@ -8,6 +8,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from quantizers.errors import InvalidInput
 from quantizers.recipe import parse_recipe
+from server.engine.interface import KvDtype
 
 MIB = 1 << 20
 
@@ -35,6 +36,9 @@ class Settings(BaseSettings):
     )
     twin_precision: str | None = Field(
         None, description="recipe whose variant of a checkpoint drafts tokens for its others; none: no twins"
+    )
+    kv_dtype: KvDtype = Field(
+        "auto", description="of cached keys and values: auto is the model's own, int8 takes about half of bf16's memory"
     )
     allowed_roots: list[Path] = Field([], description="folders under which POST /v1/checkpoints may import a path")
     allow_hub: bool = Field(False, description="POST /v1/checkpoints may import from the Hugging Face hub")

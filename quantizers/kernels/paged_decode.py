@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from quantizers.kernels import cuda
+from quantizers.kernels.kv_cache import Plane
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,11 @@ class Attention:
 
 
 def paged_decode(
-    query: Tensor, keys: Tensor, values: Tensor, tables: Tensor, positions: Tensor, attention: Attention, longest: int
+    query: Tensor, keys: Plane, values: Plane, tables: Tensor, positions: Tensor, attention: Attention, longest: int
 ) -> Tensor:
     """`query` [n, heads, key_dim] of tokens whose keys and values are in the cache -> [n, heads, value_dim] in its dtype.
 
-    `keys` [blocks, block_size, kv_heads, key_dim], `values` with value_dim; `tables` int32 [n, blocks of a sequence], of which what lies
+    `keys` with heads of key_dim, `values` of value_dim; `tables` int32 [n, blocks of a sequence], of which what lies
     behind a sequence's last block is not used but must name a block of the cache; `positions` int64 [n]. `longest` bounds the positions
     of any sequence of this cache, and decides how a long one is cut into pieces: a row's result does not depend on its neighbours.
     """
@@ -37,16 +38,17 @@ def paged_decode(
     return paged_decode_reference(query, keys, values, tables, positions, attention)
 
 
-def paged_decode_reference(query: Tensor, keys: Tensor, values: Tensor, tables: Tensor, positions: Tensor, attention: Attention) -> Tensor:
+def paged_decode_reference(query: Tensor, keys: Plane, values: Plane, tables: Tensor, positions: Tensor, attention: Attention) -> Tensor:
     """The definition: scores and sums in fp32. What is not seen may be anything, NaN included."""
-    span = torch.arange(tables.shape[1] * keys.shape[1], device=query.device)
+    block_size, kv_heads = keys.numbers.shape[1:3]
+    span = torch.arange(tables.shape[1] * block_size, device=query.device)
     seen = span <= positions[:, None]  # [n, span]
     if attention.window is not None:
         seen &= span > positions[:, None] - attention.window
     of_keys, of_values = (
-        torch.where(seen[..., None, None], blocks[tables.long()].flatten(1, 2).float(), 0.0) for blocks in (keys, values)
+        torch.where(seen[..., None, None], plane.read(tables.long(), torch.float32).flatten(1, 2), 0.0) for plane in (keys, values)
     )  # [n, span, kv_heads, dim]
-    rows = query.float().view(query.shape[0], keys.shape[2], -1, query.shape[-1])  # [n, kv_heads, shared, key_dim]
+    rows = query.float().view(query.shape[0], kv_heads, -1, query.shape[-1])  # [n, kv_heads, shared, key_dim]
     scores = torch.einsum("nhgd,nshd->nhgs", rows, of_keys) * attention.scale
     if attention.softcap is not None:
         scores = attention.softcap * torch.tanh(scores / attention.softcap)

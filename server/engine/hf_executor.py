@@ -10,6 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from quantizers.errors import InvalidInput
 from quantizers.kernels import cuda
+from quantizers.kernels.kv_cache import Plane
 from quantizers.skeleton import BUILDING
 from server.engine import paged_attention
 from server.engine.decode_buckets import DecodeBuckets, DecodeInputs, NotRecordable, Record
@@ -35,14 +36,17 @@ class HfExecutor:
     name = "transformers"
     block_size = BLOCK_SIZE
 
-    def __init__(self, model: PreTrainedModel, config: PretrainedConfig, record: Record | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, config: PretrainedConfig, record: Record | None = None, *, cache_dtype: torch.dtype | None = None
+    ) -> None:
         """`record` records decode steps; None: as CUDA graphs where our kernels run on the model's device, else not at all.
+        `cache_dtype`: int8, or None for the model's own.
 
         Raises InvalidInput where the architecture keeps a state that is not plain keys and values.
         """
         self._model = model
         weight = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
-        self._device, self.cache_dtype = weight.device, weight.dtype
+        self._device, self.cache_dtype = weight.device, cache_dtype or weight.dtype
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._alone = _rope_type(config) in _LENGTH_DEPENDENT_ROPE
         model.set_attn_implementation(paged_attention.NAME)
@@ -68,8 +72,11 @@ class HfExecutor:
 
     @property
     def bytes_per_block(self) -> int:
-        per_token: int = sum(shape.kv_heads * (shape.key_dim + shape.value_dim) for shape in self._shapes.values())
-        return int(per_token * self.cache_dtype.itemsize * self.block_size)
+        return self.block_size * sum(
+            Plane.bytes_per_position(shape.kv_heads, dim, self.cache_dtype)
+            for shape in self._shapes.values()
+            for dim in (shape.key_dim, shape.value_dim)
+        )
 
     def allocate(self, num_blocks: int) -> None:
         self._layers = {}  # first, or both caches would be held for a moment
@@ -79,17 +86,18 @@ class HfExecutor:
             self._longest = of_sequence * self.block_size
         if num_blocks == 0:
             return
-        self._layers = {layer: LayerCache(*self._empty(num_blocks, shape)) for layer, shape in self._shapes.items()}
+        self._layers = {
+            layer: LayerCache(self._empty(num_blocks, shape, shape.key_dim), self._empty(num_blocks, shape, shape.value_dim))
+            for layer, shape in self._shapes.items()
+        }
 
-    def _empty(self, num_blocks: int, shape: LayerShape) -> tuple[Tensor, Tensor]:
-        leading = (num_blocks, self.block_size, shape.kv_heads)
-        options: dict[str, Any] = {"dtype": self.cache_dtype, "device": self._device}
-        return torch.zeros(*leading, shape.key_dim, **options), torch.zeros(*leading, shape.value_dim, **options)
+    def _empty(self, num_blocks: int, shape: LayerShape, dim: int) -> Plane:
+        return Plane.zeros(num_blocks, self.block_size, shape.kv_heads, dim, self.cache_dtype, self._device)
 
     def copy_block(self, src: int, dst: int) -> None:
         for layer in self._layers.values():
-            layer.keys[dst] = layer.keys[src]
-            layer.values[dst] = layer.values[src]
+            layer.keys.copy(src, dst)
+            layer.values.copy(src, dst)
 
     def forward(self, batch: RaggedBatch) -> Tensor:
         if self._alone and batch.sequences > 1:

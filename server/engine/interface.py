@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 FinishReason = Literal["stop", "length", "cancelled"]
 MemoryKind = Literal["weights", "shared_weights", "kv_cache", "workspace"]
+KvDtype = Literal["auto", "int8"]  # of cached keys and values: the model's own, or bytes with a scale for each token and head
 
 
 class _Message(BaseModel):

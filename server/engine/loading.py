@@ -15,7 +15,7 @@ from quantizers.recipe import Recipe, parse_recipe
 from quantizers.shared import SharedTensors
 from quantizers.skeleton import DTYPES
 from server.engine.executor import Executor
-from server.engine.interface import VariantSpec
+from server.engine.interface import KvDtype, VariantSpec
 from server.engine.native_executor import NativeExecutor
 from server.engine.runner import Runner, choose_executor
 from server.engine.window import window_logits
@@ -41,8 +41,8 @@ class Variant:
 class FolderLoader:
     """Loads variants from checkpoint and artifact folders onto one device; unquantized tensors are shared between them."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, kv_dtype: KvDtype = "auto") -> None:
+        self._device, self._kv_dtype = device, kv_dtype
         self._shared = SharedTensors()
 
     def predict(self, spec: VariantSpec) -> Claim:
@@ -80,7 +80,7 @@ class FolderLoader:
 
     def executor(self, model: PreTrainedModel, config: PretrainedConfig) -> Executor:
         """What runs `model`."""
-        return choose_executor(model, config)
+        return choose_executor(model, config, self._kv_dtype)
 
 
 def _check_canary(spec: VariantSpec, executor: Executor) -> None:

@@ -13,10 +13,10 @@ class NativeExecutor:
     name = "native-step"
     block_size = BLOCK_SIZE
 
-    def __init__(self, model: nn.Module) -> None:
-        """Raises InvalidInput where `why_not` does not answer None."""
-        self._model = model
-        self._step: NativeStep | None = NativeStep(model)
+    def __init__(self, model: nn.Module, *, cache_dtype: torch.dtype | None = None) -> None:
+        """`cache_dtype`: int8, or None for the model's own. Raises InvalidInput where `why_not` does not answer None."""
+        self._model, self._asked = model, cache_dtype
+        self._step: NativeStep | None = NativeStep(model, cache_dtype)
         self.bytes_per_block = self._step.bytes_per_block
         self.cache_dtype: torch.dtype = self._step.cache_dtype
         self.held_bytes = self._step.bytes
@@ -33,7 +33,7 @@ class NativeExecutor:
             self._step = None
             return
         if self._step is None:
-            self._step = NativeStep(self._model)
+            self._step = NativeStep(self._model, self._asked)
         self._step.allocate(num_blocks)
 
     def copy_block(self, src: int, dst: int) -> None:

@@ -19,6 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from quantizers.errors import InvalidInput
+from quantizers.kernels.kv_cache import Plane
 from quantizers.kernels.paged_decode import Attention, paged_decode
 from server.engine.device import move
 from server.engine.executor import RaggedBatch
@@ -30,12 +31,12 @@ _GROUP_RATIO = 2  # in a group, the longest context is at most this many times t
 _GROUP_SLACK = 64  # this many tokens longer: short contexts cost less than another group
 
 
-@dataclass
+@dataclass(frozen=True)
 class LayerCache:
-    """Keys and values of one layer, [blocks, block_size, kv_heads, head_dim]; None before anything is allocated."""
+    """Keys and values of one layer."""
 
-    keys: Tensor
-    values: Tensor
+    keys: Plane
+    values: Plane
 
 
 @dataclass(frozen=True)
@@ -213,14 +214,14 @@ def paged_attention(
         return _attend(query, key, value, None, scale, softcap).transpose(1, 2), None
     cache = step.layers[layer]
     if isinstance(step, DecodeStep):
-        for blocks, new in ((cache.keys, key), (cache.values, value)):
-            blocks.flatten(0, 1).index_copy_(0, step.slots, new[0].transpose(0, 1))
+        for plane, new in ((cache.keys, key), (cache.values, value)):
+            plane.write(step.slots, new[0].transpose(0, 1))
         rows, attention = query[0].transpose(0, 1), Attention(scale, sliding_window, softcap)
         return paged_decode(rows, cache.keys, cache.values, step.tables, step.positions, attention, step.longest)[None], None
-    for blocks, new in ((cache.keys, key), (cache.values, value)):
+    for plane, new in ((cache.keys, key), (cache.values, value)):
         # What is masked still takes part in products, and a block may have held another sequence's NaN.
-        blocks.index_fill_(0, step.fresh, 0)
-        blocks.flatten(0, 1).index_copy_(0, step.slots, new[0].transpose(0, 1))
+        plane.clear(step.fresh)
+        plane.write(step.slots, new[0].transpose(0, 1))
     output = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])  # [T, heads, value_dim]
     for part in step.prefills:
         _prefill(part, cache, query, output, scale, sliding_window, softcap)
@@ -237,7 +238,7 @@ def _prefill(
     part: _Prefill, cache: LayerCache, query: Tensor, output: Tensor, scale: float, window: int | None, softcap: float | None
 ) -> None:
     keys, values = (
-        blocks.index_select(0, part.blocks).flatten(0, 1)[: part.context].transpose(0, 1)[None] for blocks in (cache.keys, cache.values)
+        plane.read(part.blocks, query.dtype).flatten(0, 1)[: part.context].transpose(0, 1)[None] for plane in (cache.keys, cache.values)
     )
     mask = part.mask
     if window is not None and part.context > window:
@@ -248,7 +249,7 @@ def _prefill(
 
 
 def _decode(group: _Decode, cache: LayerCache, query: Tensor, output: Tensor, mask: Tensor, scale: float, softcap: float | None) -> None:
-    keys, values = (blocks[group.blocks].flatten(1, 2).transpose(1, 2) for blocks in (cache.keys, cache.values))
+    keys, values = (plane.read(group.blocks, query.dtype).flatten(1, 2).transpose(1, 2) for plane in (cache.keys, cache.values))
     rows = query[0].index_select(1, group.tokens).transpose(0, 1)  # [group, heads, head_dim]
     # The heads that share keys become the rows of one product, so that the keys are neither repeated nor read more than once.
     shared = rows.view(rows.shape[0], keys.shape[1], -1, rows.shape[-1])

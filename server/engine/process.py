@@ -38,13 +38,16 @@ class EngineSettings(Protocol):
     @property
     def twin_precision(self) -> str | None: ...
 
+    @property
+    def kv_dtype(self) -> str: ...
+
 
 def worker_command(settings: EngineSettings, socket_fd: int, threads: int | None) -> list[str]:
     """The worker's command line. None leaves the threads to the worker: every core that this process may use."""
     # -P: a folder named `server` where the user happens to stand is not ours.
     command = [sys.executable, "-P", "-m", "server.engine.worker", "--socket-fd", str(socket_fd)]
     command += ["--device", settings.device, "--max-waiting", str(settings.max_waiting)]
-    command += ["--speculation", settings.speculation]
+    command += ["--speculation", settings.speculation, "--kv-dtype", settings.kv_dtype]
     if settings.twin_precision is not None:
         command += ["--twin-precision", settings.twin_precision]
     if settings.memory_budget_bytes is not None:

@@ -16,7 +16,7 @@ from server.engine.blocks import BlockPool
 from server.engine.executor import Executor
 from server.engine.grammar import Compiled, Constraint, Grammars
 from server.engine.hf_executor import HfExecutor
-from server.engine.interface import Request
+from server.engine.interface import KvDtype, Request
 from server.engine.native_executor import NativeExecutor
 from server.engine.sampler import Sampler
 from server.engine.scheduler import Limits, Scheduler
@@ -26,11 +26,15 @@ _LOGIT_ELEMENTS = 1 << 24  # positions x vocabulary that are materialised at onc
 _CACHE_TOKENS = 1 << 16  # that a cache is made for where there is room: 32 sequences of 2,048, or the longest one if that is more
 
 
-def choose_executor(model: PreTrainedModel, config: PretrainedConfig) -> Executor:
-    """The native step where it can run the model, else transformers' own modeling code. Raises InvalidInput where neither can."""
+def choose_executor(model: PreTrainedModel, config: PretrainedConfig, kv_dtype: KvDtype = "auto") -> Executor:
+    """The native step where it can run the model, else transformers' own modeling code. Raises InvalidInput where neither can.
+
+    `kv_dtype`: of the cached keys and values; `auto` is the model's.
+    """
+    cache_dtype = torch.int8 if kv_dtype == "int8" else None
     if NativeExecutor.why_not(model) is None:
-        return NativeExecutor(model)
-    executor = HfExecutor(model, config)
+        return NativeExecutor(model, cache_dtype=cache_dtype)
+    executor = HfExecutor(model, config, cache_dtype=cache_dtype)
     executor.warm_up()
     return executor
 

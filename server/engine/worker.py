@@ -15,13 +15,14 @@ import socket
 import sys
 import threading
 import time
-from typing import NoReturn
+from typing import NoReturn, get_args
 
 import torch
 
 from quantizers.errors import PrecisError, TooLarge
 from server.engine.device import default_budget, open_device
 from server.engine.frames import FrameError, receive_frame
+from server.engine.interface import KvDtype
 from server.engine.loading import FolderLoader
 from server.engine.loop import Loop
 from server.engine.messages import (
@@ -157,6 +158,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--max-waiting", type=int, default=64, help="requests that may wait")
     parser.add_argument("--speculation", choices=("off", "lookup"), default="lookup", help="guess tokens and verify them, where that pays")
     parser.add_argument("--twin-precision", help="variant of each checkpoint that drafts for the others, while it is resident and idle")
+    parser.add_argument("--kv-dtype", choices=get_args(KvDtype), default="auto", help="of cached keys and values; auto: the model's")
     parser.add_argument("--threads", type=int, help="of a matrix product; default: cores of this process")
     return parser.parse_args(arguments)
 
@@ -176,7 +178,7 @@ def main(arguments: list[str]) -> int:
     budget = options.memory_budget_bytes or default_budget(device)
     connection = socket.socket(fileno=options.socket_fd)
     writer = _Writer(connection)
-    residents = Residents(FolderLoader(device), Ledger(budget), device)
+    residents = Residents(FolderLoader(device, options.kv_dtype), Ledger(budget), device)
     loop = Loop(
         residents,
         writer.emit,

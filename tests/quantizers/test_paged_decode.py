@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from quantizers.kernels.kv_cache import Plane, quantize_heads
 from quantizers.kernels.paged_decode import Attention, paged_decode, paged_decode_reference
 
 
@@ -20,7 +21,7 @@ def test_each_sequence_attends_to_its_own_positions(heads: int, kv_heads: int, w
     keys, values, tables = cache(0, kv_heads, 8, 6)
     positions = torch.tensor([9, 0, 15])
     query = torch.randn(3, heads, 8, generator=torch.Generator().manual_seed(1))
-    found = paged_decode(query, keys, values, tables, positions, Attention(0.3, window), 16)
+    found = paged_decode(query, Plane(keys), Plane(values), tables, positions, Attention(0.3, window), 16)
     for row, position in enumerate(positions.tolist()):
         first = 0 if window is None else max(0, position + 1 - window)
         own_keys, own_values = (
@@ -34,7 +35,7 @@ def test_scores_are_capped() -> None:
     keys, values, tables = cache(2, 2, 8, 8)
     query = torch.randn(3, 2, 8, generator=torch.Generator().manual_seed(3)) * 9
     positions = torch.tensor([5, 3, 2])
-    found = paged_decode(query, keys, values, tables, positions, Attention(1.0, None, 2.0), 16)
+    found = paged_decode(query, Plane(keys), Plane(values), tables, positions, Attention(1.0, None, 2.0), 16)
     for row, position in enumerate(positions.tolist()):
         own_keys, own_values = (part[tables[row].long()].flatten(0, 1)[: position + 1] for part in (keys, values))
         weights = (2 * torch.tanh(torch.einsum("hd,shd->hs", query[row], own_keys) / 2)).softmax(-1)
@@ -44,17 +45,29 @@ def test_scores_are_capped() -> None:
 def test_what_is_not_seen_may_be_nan() -> None:
     keys, values, tables = cache(4, 1, 8, 8)
     query, positions = torch.randn(3, 1, 8), torch.tensor([5, 1, 2])
-    clean = paged_decode(query, keys, values, tables, positions, Attention(1.0), 16)
+    clean = paged_decode(query, Plane(keys), Plane(values), tables, positions, Attention(1.0), 16)
     for part in (keys, values):
         part[1, 2:] = part[5, 2:] = part[11] = part[2, 3] = float("nan")
-    assert torch.equal(paged_decode(query, keys, values, tables, positions, Attention(1.0), 16), clean)
+    assert torch.equal(paged_decode(query, Plane(keys), Plane(values), tables, positions, Attention(1.0), 16), clean)
 
 
 def test_only_shapes_decide_what_is_computed() -> None:
     """A tensor on the meta device has no values: whoever asked for one would fail here, and wait for a GPU there."""
     keys, values, tables = (part.to("meta") for part in cache(5, 2, 8, 6))
     query, positions = torch.empty(3, 4, 8, device="meta"), torch.empty(3, dtype=torch.int64, device="meta")
-    assert paged_decode(query, keys, values, tables, positions, Attention(1.0, 4, 5.0), 16).shape == (3, 4, 6)
+    assert paged_decode(query, Plane(keys), Plane(values), tables, positions, Attention(1.0, 4, 5.0), 16).shape == (3, 4, 6)
+
+
+def test_bytes_are_read_as_the_numbers_that_they_stand_for() -> None:
+    keys, values, tables = cache(7, 2, 8, 6)
+    query, positions = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(8)), torch.tensor([9, 0, 15])
+    coded = [Plane(*quantize_heads(part)) for part in (keys, values)]
+    told = [Plane(codes.numbers.float() * codes.scales[..., None]) for codes in coded if codes.scales is not None]
+    attention = Attention(0.3, 7)
+    found, expected = (paged_decode(query, *planes, tables, positions, attention, 16) for planes in (coded, told))
+    assert torch.equal(found, expected)
+    exact = paged_decode(query, Plane(keys), Plane(values), tables, positions, attention, 16)
+    assert ((found - exact).norm() / exact.norm()).item() < 0.02
 
 
 @pytest.mark.gpu
@@ -65,6 +78,6 @@ def test_a_gpu_attends_as_defined(attention: Attention) -> None:
     keys, values = (torch.randn(400, 16, 8, 128, generator=generator, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     query = torch.randn(4, 32, 128, generator=generator, device="cuda", dtype=torch.bfloat16)
     tables = torch.randperm(400, generator=generator, device="cuda").view(4, 100).to(torch.int32)
-    arguments = (query, keys, values, tables, torch.tensor([0, 77, 800, 1599], device="cuda"), attention)
+    arguments = (query, Plane(keys), Plane(values), tables, torch.tensor([0, 77, 800, 1599], device="cuda"), attention)
     y, expected = paged_decode(*arguments, 1600), paged_decode_reference(*arguments)
     assert ((y.float() - expected.float()).norm() / expected.float().norm()).item() < 1e-2  # bf16 weights of the values, and one rounding

@@ -33,6 +33,8 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
         (["serve", "no/such/model/here"], {}, "no/such/model/here"),
         (["serve"], {"PRECIS_PROT": "9000"}, "PRECIS_PROT"),
         (["serve"], {"PRECIS_PORT": "nine"}, "PRECIS_PORT"),
+        (["serve"], {"PRECIS_KV_DTYPE": "int4"}, "PRECIS_KV_DTYPE"),
+        (["evaluate", "x", "bf16", "--kv-dtype", "fp8"], {}, "--kv-dtype"),
         (["serve"], {"PRECIS_ALLOWED_ROOTS": "/models"}, "JSON"),
         (["evaluate"], {}, "CHECKPOINT"),
         (["export", "nothing-here@rtn-w4g64", "out"], {}, "nothing-here"),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from quantizers.errors import InvalidInput
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 GROUPED, TOKEN, BF16, FP32, GROUPED_TOKEN, CODEBOOK, CODEBOOK_POWER, CODEBOOK_HALVES, E4M3 = range(9)  # Kind of layout.h
 ZEROS = {"none": 0, "integer": 1, "minimum": 2}
 HEADER_BYTES = 64  # of a matrix of a code book

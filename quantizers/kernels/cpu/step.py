@@ -1,8 +1,9 @@
 """NativeStep: whole engine steps of a Llama-like model in one C call each, over a paged KV cache of its own layout.
 
 Arithmetic: weights as they are held (packed integers, bf16 or fp32), fp32 sums, an fp32 residual stream, and a cache in bf16 (fp32 for an
-fp32 model). A row's logits are the same to the bit whatever else is in the batch, however its prompt was cut into steps, and at any number
-of threads: sums have one order, and the context is cut into fixed parts.
+fp32 model), or in int8 with a scale for each position and head, whose products are exact integers. A row's logits are the same to the bit
+whatever else is in the batch, however its prompt was cut into steps, and at any number of threads: sums have one order, and the context is
+cut into fixed parts.
 """
 
 import ctypes
@@ -19,11 +20,13 @@ from quantizers.kernels.cpu import library
 from quantizers.kernels.cpu.llama import Facts, matrix, read, why_not
 from quantizers.kernels.cpu.structs import PHASES, Batch, Layer, Model
 from quantizers.kernels.cpu.team import TeamSize
+from quantizers.kernels.kv_cache import Plane
 
 BLOCK_SIZE = 16  # positions of a cache block
 _FIRST_POSITIONS = 1024  # of the rotary tables, which double when a text grows beyond them
 _NO_MEMORY = 1
 _WAIT = PHASES.index("wait")
+_CACHE_KINDS = {torch.bfloat16: 0, torch.float32: 1, torch.int8: 2}  # CacheKind of native/kernels.h
 _REFUSALS = {
     2: "a token id lies outside the vocabulary of {vocab}",
     3: "a position is negative or does not follow its sequence's position before it by one",
@@ -42,9 +45,12 @@ class NativeStep:
 
     block_size = BLOCK_SIZE
 
-    def __init__(self, model: nn.Module) -> None:
-        """Raises InvalidInput where `supports` does not answer None."""
+    def __init__(self, model: nn.Module, cache_dtype: torch.dtype | None = None) -> None:
+        """`cache_dtype`: the model's own (None) or int8. Raises InvalidInput for another, and where `supports` does not answer None."""
         self._facts = read(model)
+        self._cache_dtype = cache_dtype or self._facts.dtype
+        if self._cache_dtype not in (self._facts.dtype, torch.int8):
+            raise InvalidInput(f"a cache of {cache_dtype} for a model of {self._facts.dtype}: its own dtype and int8 are possible")
         self._library = library.library()
         self._copies: list[Tensor] = []
         self._layers = (Layer * len(self._facts.blocks))(*(self._layer(index) for index in range(len(self._facts.blocks))))
@@ -71,14 +77,15 @@ class NativeStep:
 
     @property
     def cache_dtype(self) -> torch.dtype:
-        """fp32 for a model of fp32, else bf16."""
-        return self._facts.dtype
+        """int8 where it was asked for, else fp32 for a model of fp32 and bf16 for others."""
+        return self._cache_dtype
 
     @property
     def bytes_per_block(self) -> int:
         """Of the cache: keys and values of `block_size` positions over all layers."""
         facts = self._facts
-        return 2 * len(facts.blocks) * facts.kv_heads * facts.head_dim * BLOCK_SIZE * facts.dtype.itemsize
+        head = Plane.bytes_per_position(1, facts.head_dim, self._cache_dtype)
+        return 2 * len(facts.blocks) * facts.kv_heads * head * BLOCK_SIZE
 
     @property
     def bytes(self) -> int:
@@ -195,7 +202,7 @@ class NativeStep:
             intermediate=facts.intermediate,
             vocab=facts.vocab,
             embedding_fp32=int(facts.dtype == torch.float32),
-            cache_fp32=int(facts.dtype == torch.float32),
+            cache_kind=_CACHE_KINDS[self._cache_dtype],
             epsilon=facts.epsilon,
             scaling=facts.scaling,
             embedding=facts.embedding.data_ptr() if isinstance(facts.embedding, Tensor) else None,

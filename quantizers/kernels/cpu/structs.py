@@ -19,7 +19,7 @@ class Model(Structure):
     _fields_ = (
         *((name, c_int64) for name in ("layers", "hidden", "heads", "kv_heads", "head_dim", "intermediate", "vocab")),
         ("embedding_fp32", c_int32),
-        ("cache_fp32", c_int32),
+        ("cache_kind", c_int32),
         ("epsilon", c_float),
         ("scaling", c_float),
         ("embedding", c_void_p),

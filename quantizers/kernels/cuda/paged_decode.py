@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quantizers.kernels.cuda.weight_only import operand
+from quantizers.kernels.kv_cache import Plane
 from quantizers.kernels.paged_decode import Attention
 
 _STEP = 64  # positions at a time
@@ -34,6 +35,8 @@ def attend_kernel(
     query,  # [n, KV_HEADS * SHARED, KEY_DIM]
     keys,  # [blocks, BLOCK, KV_HEADS, KEY_DIM]
     values,  # [blocks, BLOCK, KV_HEADS, VALUE_DIM]
+    key_scales,  # fp32 [blocks, BLOCK, KV_HEADS] where keys and values are int8, else anything
+    value_scales,
     tables,  # int32 [n, width]
     positions,  # int64 [n]
     sums,  # fp32 [n, KV_HEADS * SHARED, pieces, VALUE_DIM], not normalized
@@ -52,6 +55,7 @@ def attend_kernel(
     PIECE: tl.constexpr,
     WINDOWED: tl.constexpr,
     CAPPED: tl.constexpr,
+    SCALED: tl.constexpr,
     OPERAND: tl.constexpr,
     HEADS: tl.constexpr,  # SHARED, at least 16
     KEY_PART: tl.constexpr,  # KEY_DIM and VALUE_DIM filled up to a power of two
@@ -84,6 +88,8 @@ def attend_kernel(
             # Zeros where nothing is seen: a block may hold another sequence's NaN.
             of_keys = tl.load(keys + place[None, :] * KEY_DIM + key_part[:, None], mask=real_key, other=0)
             scores = tl.dot(rows, of_keys.to(OPERAND), input_precision="ieee") * scale
+            if SCALED:
+                scores = scores * tl.load(key_scales + place, mask=real, other=0)[None, :]
             if CAPPED:
                 scores = softcap * _tanh(scores / softcap)
             scores = tl.where(real[None, :], scores, float("-inf"))
@@ -93,6 +99,8 @@ def attend_kernel(
             real_value = real[:, None] & (value_part < VALUE_DIM)[None, :]
             of_values = tl.load(values + place[:, None] * VALUE_DIM + value_part[None, :], mask=real_value, other=0)
             mass = mass * shrink + tl.sum(weights, 1)
+            if SCALED:
+                weights = weights * tl.load(value_scales + place, mask=real, other=0)[None, :]
             total = total * shrink[:, None]
             total = tl.dot(weights.to(OPERAND), of_values.to(OPERAND), total, input_precision="ieee")
             peak = higher
@@ -142,11 +150,11 @@ def join_kernel(
 
 
 def paged_decode(
-    query: Tensor, keys: Tensor, values: Tensor, tables: Tensor, positions: Tensor, attention: Attention, longest: int
+    query: Tensor, keys: Plane, values: Plane, tables: Tensor, positions: Tensor, attention: Attention, longest: int
 ) -> Tensor:
-    """As `quantizers.kernels.paged_decode.paged_decode`, of at least one sequence. `keys` and `values` are contiguous."""
+    """As `quantizers.kernels.paged_decode.paged_decode`, of at least one sequence. The planes are contiguous."""
     query, tables = query.contiguous(), tables.contiguous()
-    (count, heads, key_dim), (_, block, kv_heads, value_dim) = query.shape, values.shape
+    (count, heads, key_dim), (_, block, kv_heads, value_dim) = query.shape, values.numbers.shape
     piece = piece_tokens(longest)
     pieces = -(-min(longest, tables.shape[1] * block) // piece)
     sums = torch.empty(count, heads, pieces, value_dim, dtype=torch.float32, device=query.device)
@@ -155,8 +163,10 @@ def paged_decode(
     window, windowed = attention.window or 0, attention.window is not None
     attend_kernel[(count, kv_heads, pieces)](
         query,
-        keys,
-        values,
+        keys.numbers,
+        values.numbers,
+        sums if keys.scales is None else keys.scales,
+        sums if values.scales is None else values.scales,
         tables,
         positions,
         sums,
@@ -175,6 +185,7 @@ def paged_decode(
         PIECE=piece,
         WINDOWED=windowed,
         CAPPED=attention.softcap is not None,
+        SCALED=keys.scales is not None,
         OPERAND=operand(query),
         HEADS=max(_QUERIES, triton.next_power_of_2(heads // kv_heads)),
         KEY_PART=max(16, triton.next_power_of_2(key_dim)),

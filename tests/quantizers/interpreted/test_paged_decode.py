@@ -3,13 +3,23 @@
 import pytest
 import torch
 
+from quantizers.kernels.kv_cache import Plane, quantize_heads
 from quantizers.kernels.paged_decode import Attention, paged_decode_reference
 
 LONG = 700  # three pieces of 256 positions
 
 
 def run(
-    heads: int, kv_heads: int, key_dim: int, value_dim: int, positions: list[int], attention: Attention, dtype: torch.dtype, block: int = 16
+    heads: int,
+    kv_heads: int,
+    key_dim: int,
+    value_dim: int,
+    positions: list[int],
+    attention: Attention,
+    dtype: torch.dtype,
+    block: int = 16,
+    *,
+    coded: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """By Triton and by the definition; blocks are scattered, and what no sequence has written is NaN."""
     from quantizers.kernels.cuda.paged_decode import paged_decode
@@ -25,7 +35,8 @@ def run(
             part[table[position // block], position % block + 1 :] = float("nan")
             part[table[position // block + 1 :]] = float("nan")
     query = torch.randn(len(positions), heads, key_dim, generator=generator).to(dtype)
-    arguments = (query, keys, values, tables, torch.tensor(positions), attention)
+    planes = [Plane(*quantize_heads(part)) if coded else Plane(part) for part in (keys, values)]
+    arguments = (query, *planes, tables, torch.tensor(positions), attention)
     return paged_decode(*arguments, LONG), paged_decode_reference(*arguments)
 
 
@@ -57,6 +68,12 @@ def test_narrow_dtypes(dtype: torch.dtype, error: float) -> None:
     assert ((y.float() - expected.float()).norm() / expected.float().norm()).item() < error
 
 
+@pytest.mark.parametrize("attention", [Attention(0.3), Attention(1.0, 20, 4.0)])
+def test_bytes_with_scales(attention: Attention) -> None:
+    y, expected = run(4, 2, 16, 24, [0, 17, 300], attention, torch.float32, coded=True)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_a_row_does_not_depend_on_its_neighbours() -> None:
     from quantizers.kernels.cuda.paged_decode import paged_decode
 
@@ -64,6 +81,6 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
     keys, values = (torch.randn(60, 16, 2, 16, generator=generator) for _ in range(2))
     query = torch.randn(2, 4, 16, generator=generator)
     tables = torch.arange(60, dtype=torch.int32).view(2, 30)
-    together = paged_decode(query, keys, values, tables, torch.tensor([10, 450]), Attention(0.3), LONG)
-    alone = paged_decode(query[:1], keys, values, tables[:1, :1], torch.tensor([10]), Attention(0.3), LONG)
+    together = paged_decode(query, Plane(keys), Plane(values), tables, torch.tensor([10, 450]), Attention(0.3), LONG)
+    alone = paged_decode(query[:1], Plane(keys), Plane(values), tables[:1, :1], torch.tensor([10]), Attention(0.3), LONG)
     assert torch.equal(together[:1], alone)

@@ -29,6 +29,7 @@ class Options:
     max_waiting: int = 8
     speculation: str = "lookup"
     twin_precision: str | None = None
+    kv_dtype: str = "auto"
 
 
 def run(test: Callable[[EngineClient], Awaitable[None]], options: Options | None = None, grace: float = 0.0) -> None:
@@ -254,7 +255,9 @@ def test_no_torch_here_and_no_orphan_there() -> None:
         from types import SimpleNamespace
         from server.engine.client import EngineClient
         async def main():
-            settings = SimpleNamespace(device="cpu", memory_budget_bytes=None, max_waiting=1, speculation="off", twin_precision=None)
+            settings = SimpleNamespace(
+                device="cpu", memory_budget_bytes=None, max_waiting=1, speculation="off", twin_precision=None, kv_dtype="auto"
+            )
             engine = EngineClient(settings, threads=1)
             await engine.start()
             assert "torch" not in sys.modules

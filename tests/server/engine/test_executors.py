@@ -178,8 +178,8 @@ def test_nan_of_a_block_that_is_reused_reaches_nobody() -> None:
     executor.forward(ragged_batch([Chunk(text[:18], 0, [0, 1], 18)]))
     clean = executor.forward(ragged_batch([Chunk(text[18:], 18, [0, 1], 0)]))
     for layer in executor._layers.values():
-        layer.keys.fill_(float("nan"))
-        layer.values.fill_(float("nan"))
+        layer.keys.numbers.fill_(float("nan"))
+        layer.values.numbers.fill_(float("nan"))
     executor.forward(ragged_batch([Chunk(text[:18], 0, [2, 3], 18)]))
     assert torch.equal(executor.forward(ragged_batch([Chunk(text[18:], 18, [2, 3], 0)])), clean)
 

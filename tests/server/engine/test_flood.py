@@ -21,6 +21,7 @@ class Options:
     max_waiting: int = QUEUE
     speculation: str = "lookup"
     twin_precision: str | None = None
+    kv_dtype: str = "auto"
 
 
 class Flood:

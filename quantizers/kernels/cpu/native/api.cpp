@@ -12,7 +12,7 @@
 
 namespace {
 
-constexpr int kAbiVersion = 4;  // changes with every change of a struct or function here
+constexpr int kAbiVersion = 5;  // changes with every change of a struct or function here
 enum Result { kOk = 0, kNoMemory = 1 };
 
 template <class Fn>
@@ -64,5 +64,5 @@ PRECIS_API void precis_step_seconds(const void* step, double* out) {
 }
 
 PRECIS_API void precis_copy_block(const precis::Model* m, uint8_t* cache, int64_t blocks, int64_t from, int64_t to) {
-    precis::copy_block({m->layers, blocks, m->kv_heads, m->head_dim, m->cache_fp32 != 0}, cache, from, to);
+    precis::copy_block({m->layers, blocks, m->kv_heads, m->head_dim, m->cache_kind}, cache, from, to);
 }

@@ -9,12 +9,19 @@
 
 namespace precis {
 
+enum class CacheKind : int32_t { kBf16 = 0, kFp32 = 1, kInt8 = 2 };
+
+// Bytes of a query row over a cache of a kind: numbers of its type; for bytes what `quantize_query` writes.
+constexpr int64_t query_bytes(CacheKind kind, int64_t head_dim) {
+    return kind == CacheKind::kFp32 ? 4 * head_dim : kind == CacheKind::kBf16 ? 2 * head_dim : 2 * head_dim + 16;
+}
+
 // One chunk of the context for the query rows that share a key/value head.
 struct AttendCall {
-    const void* query;  // [rows][head_dim], bf16 or fp32, already scaled
+    const void* query;  // [rows], already scaled, see query_bytes
     int rows;           // 1 to kQueries
     int head_dim;       // multiple of 16
-    bool fp32;
+    CacheKind kind;
     int blocks;                       // 1 to kChunkBlocks
     const uint8_t* keys[4];           // the key plane of each block, see cache.h
     const uint8_t* values[4];
@@ -46,7 +53,9 @@ struct Kernels {
     // Rotary embedding of one head, times `factor`: the two halves of x [2 * half] are the parts of `half` complex numbers. y may be x.
     void (*turn)(const float* x, const float* cos, const float* sin, int half, float factor, float* y);
     // The key and value [head_dim] of one position into slot 0..15 of a head's planes, see cache.h.
-    void (*append)(const float* key, const float* value, int head_dim, bool fp32, int slot, uint8_t* keys, uint8_t* values);
+    void (*append)(const float* key, const float* value, int head_dim, CacheKind kind, int slot, uint8_t* keys, uint8_t* values);
+    // A query row [head_dim] over a cache of bytes.
+    void (*quantize_query)(const float* x, int head_dim, uint8_t* row);
     void (*attend)(const AttendCall& call);
     // What `attend` left for the chunks of one row -> result [head_dim]. `weight` has room for `chunks`.
     void (*combine)(const float* max, const float* sum, const float* out, int chunks, int head_dim, float* weight, float* result);

@@ -24,7 +24,7 @@ class Run {
 public:
     Run(Step& step, const Batch& batch, const Kernels& kernels)
         : s_(step), m_(step.m_), b_(batch), k_(kernels), tokens_(static_cast<int>(batch.tokens)), single_(batch.tokens == 1),
-          columns_((m_.heads + 2 * m_.kv_heads) * m_.head_dim), cache_{m_.layers, batch.blocks, m_.kv_heads, m_.head_dim, m_.cache_fp32 != 0} {}
+          columns_((m_.heads + 2 * m_.kv_heads) * m_.head_dim), cache_{m_.layers, batch.blocks, m_.kv_heads, m_.head_dim, m_.cache_kind} {}
 
     static constexpr int64_t kMostUnits = 64;
 
@@ -160,7 +160,7 @@ private:
         if (layer.k_norm != nullptr) k_.rms_norm(key, layer.k_norm, m_.epsilon, static_cast<int>(m_.head_dim), key);
         turn(key, t, 1.0f, key);
         uint8_t* plane = keys(l, t, head, b_.position[t] / kBlockTokens);
-        k_.append(key, key + m_.kv_heads * m_.head_dim, static_cast<int>(m_.head_dim), cache_.fp32, b_.position[t] % kBlockTokens, plane,
+        k_.append(key, key + m_.kv_heads * m_.head_dim, static_cast<int>(m_.head_dim), cache_.kind, b_.position[t] % kBlockTokens, plane,
                   plane + cache_.plane_bytes());
     }
 
@@ -173,20 +173,21 @@ private:
         return cache_.keys(b_.cache, l, b_.table[s_.plan_.sequence_of[static_cast<size_t>(t)] * b_.table_width + block], head);
     }
 
-    // The unit's queries, normed, turned and scaled, [tokens][heads][head_dim] in the cache's type.
+    // The unit's queries, normed, turned and scaled, [tokens][heads] rows for the cache's kind.
     const void* queries(Local& mine, const AttentionUnit& u, const Layer& layer) {
         const int dims = static_cast<int>(m_.head_dim);
         float* q = mine.scratch.get();
         Activations rounded;
-        rounded.columns = dims, rounded.bf16 = mine.query.get();
+        rounded.columns = dims, rounded.bf16 = reinterpret_cast<uint16_t*>(mine.query.get());
         for (int i = 0; i < u.tokens * u.heads; i++, q += dims) {
             const int t = u.token0 + i / u.heads;
             const float* from = s_.qkv_.get() + t * columns_ + (u.head0 + i % u.heads) * m_.head_dim;
             if (layer.q_norm != nullptr) k_.rms_norm(from, layer.q_norm, m_.epsilon, dims, q), from = q;
             turn(from, t, m_.scaling, q);
-            if (!m_.cache_fp32) k_.quantize_row(Kind::kBf16, q, rounded, i);
+            if (m_.cache_kind == CacheKind::kBf16) k_.quantize_row(Kind::kBf16, q, rounded, i);
+            if (m_.cache_kind == CacheKind::kInt8) k_.quantize_query(q, dims, mine.query.get() + i * query_bytes(m_.cache_kind, dims));
         }
-        return m_.cache_fp32 ? static_cast<const void*>(mine.scratch.get()) : mine.query.get();
+        return m_.cache_kind == CacheKind::kFp32 ? static_cast<const void*>(mine.scratch.get()) : mine.query.get();
     }
 
     // Key planes of the blocks of a chunk for positions from `first` on; blocks that nobody sees are replaced. Returns their number.
@@ -208,7 +209,7 @@ private:
             first[i] = first_position(limit[i] - 1, layer.window);
         }
         AttendCall c{};
-        c.query = queries(mine, u, layer), c.head_dim = dims, c.fp32 = cache_.fp32;
+        c.query = queries(mine, u, layer), c.head_dim = dims, c.kind = cache_.kind;
         const int64_t chunks = s_.plan_.chunks;
         for (int chunk = u.chunk0; chunk < u.chunk0 + u.chunks; chunk++) {
             // Rows that see nothing of the chunk: those of earlier tokens at its end, of later ones at its beginning.
@@ -227,7 +228,7 @@ private:
                 for (int b = seen; b < kChunkBlocks; b++) c.next[b] = c.next[0];
             }
             AttendCall part = c;
-            part.query = static_cast<const uint8_t*>(c.query) + from * dims * (cache_.fp32 ? 4 : 2);
+            part.query = static_cast<const uint8_t*>(c.query) + from * query_bytes(c.kind, dims);
             const int64_t at = (s_.plan_.split ? (int64_t{u.token0} * m_.heads + u.head0) : 0) * chunks + from * chunks + chunk;
             part.stride = chunks;
             part.max = (s_.plan_.split ? s_.max_ : mine.max).get() + at, part.sum = (s_.plan_.split ? s_.sum_ : mine.sum).get() + at;

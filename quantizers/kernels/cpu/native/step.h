@@ -23,7 +23,7 @@ struct Layer {
 struct Model {
     int64_t layers, hidden, heads, kv_heads, head_dim, intermediate, vocab;
     int32_t embedding_fp32;  // 0: bf16
-    int32_t cache_fp32;
+    CacheKind cache_kind;
     float epsilon;
     float scaling;            // of the scores
     const void* embedding;    // [vocab][hidden]; null where `table` holds it
@@ -92,7 +92,7 @@ private:
         Inputs hidden, out, down, head;
         Buffer<float> row;      // the widest row
         Buffer<float> scratch;  // two panels of products, or the query of an attention unit
-        Buffer<uint16_t> query;
+        Buffer<uint8_t> query;
         Buffer<uint8_t> panel;
         Buffer<float> max, sum, partial, weight;  // chunks of the unit that is worked on
         size_t bytes() const;

@@ -30,7 +30,7 @@ void Step::reserve(const Batch& b, int threads) {
         mine.row.reserve(size(widest));
         const int64_t products = 2 * std::max<int64_t>(kPanel * b.tokens, kRows * kScratchUnits);
         mine.scratch.reserve(size(std::max(products, kQueries * m_.head_dim)));
-        mine.query.reserve(size(kQueries * m_.head_dim));
+        mine.query.reserve(size(kQueries * query_bytes(m_.cache_kind, m_.head_dim)));
         mine.panel.reserve(size(panel_bytes(widest)));
         mine.weight.reserve(size(chunks + 16));
         if (plan_.split) continue;
