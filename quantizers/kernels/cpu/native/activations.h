@@ -21,6 +21,7 @@ struct QuantizedTokens {
 
 struct Activations {
     int tokens = 0;
+    int begin = 0, end = 0;  // the tokens that a product takes, in whole tiles
     int columns = 0;
     QuantizedTokens grouped;  // groups of 32
     QuantizedTokens token;    // one group a token

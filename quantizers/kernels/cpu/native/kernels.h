@@ -46,7 +46,7 @@ struct Kernels {
     void (*quantize_row)(Kind kind, const float* x, const Activations& into, int row);
     // One token: y[row - row0] for rows row0 <= row < row1; row0 is a multiple of 16.
     void (*matvec)(const Matrix& m, const Activations& a, int64_t row0, int64_t row1, float* y);
-    // All tokens of `a`: y[token * stride + row - row0]; row0 is a multiple of 32. `panel` has panel_bytes(columns).
+    // The tokens of `a` from begin to end: y[token * stride + row - row0]; row0 is a multiple of 32. `panel` has panel_bytes(columns).
     void (*matmul)(const Matrix& m, const Activations& a, int64_t row0, int64_t row1, float* y, int64_t stride, uint8_t* panel);
     void (*rms_norm)(const float* x, const float* weight, float eps, int n, float* y);
     void (*silu_mul)(const float* gate, const float* up, int n, float* y);

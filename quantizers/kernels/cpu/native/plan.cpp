@@ -51,8 +51,6 @@ void AttentionPlan::make(const Model& m, const Batch& b, int threads) {
                 for (int c = 0; c < end; c += part) units.push_back({t, tokens, s, head, count, head / group, c, std::min(part, end - c)});
             }
         }
-    // The longest first, so that no thread is left with one at the end.
-    if (!split) std::stable_sort(units.begin(), units.end(), [](const auto& a, const auto& c) { return a.chunks > c.chunks; });
 }
 
 }  // namespace precis

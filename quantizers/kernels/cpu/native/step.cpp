@@ -5,7 +5,6 @@
 
 #include <time.h>
 
-#include <atomic>
 #include <cstring>
 
 namespace precis {
@@ -26,7 +25,8 @@ public:
         : s_(step), m_(step.m_), b_(batch), k_(kernels), tokens_(static_cast<int>(batch.tokens)), single_(batch.tokens == 1),
           columns_((m_.heads + 2 * m_.kv_heads) * m_.head_dim), cache_{m_.layers, batch.blocks, m_.kv_heads, m_.head_dim, m_.cache_kind} {}
 
-    static constexpr int64_t kMostUnits = 64;
+    static constexpr int64_t kMostUnits = 64;  // taken at a time
+    static constexpr int kTokensOfPart = 64;  // fewer are not worth reading the weights once more
 
     static void work(void* context, Team& team, int index) { static_cast<Run*>(context)->thread(team, index); }
 
@@ -35,8 +35,7 @@ private:
 
     void thread(Team& team, int index) {
         if (index == 0) clock_ = now();
-        const int64_t row0 = team.begin(tokens_, index), row1 = team.begin(tokens_, index + 1);
-        for (int64_t t = row0; t < row1; t++) embed(static_cast<int>(t));
+        for (int64_t t = first_token(team, index); t < first_token(team, index + 1); t++) embed(static_cast<int>(t));
         deal_qkv(team, index, m_.layer[0]);
         if (single_) wait(team, index);
         for (int64_t l = 0; l < m_.layers; l++) {
@@ -72,28 +71,50 @@ private:
     }
 
     // The parts of the products that are dealt out to threads. Each is dealt during the phase before it, when no thread takes from it.
-    enum Units { kQkvUnits, kOutUnits, kMlpUnits, kDownUnits, kHeadUnits };
+    enum Units { kQkvUnits, kAttentionUnits, kOutUnits, kMlpUnits, kDownUnits, kHeadUnits };
 
     void deal(const Team& team, int index, Units which, std::initializer_list<const Matrix*> parts, int tokens) {
         int64_t count = 0;
         for (const Matrix* m : parts) count += unit_count(*m, tokens);
+        if (which != kHeadUnits) count *= token_parts(team);
         s_.shares_[which].deal(index, team.begin(count, index), team.begin(count, index + 1));
     }
 
-    // work(first unit, end) until none are left.
-    template <class Work>
-    void share(const Team& team, int index, Units which, int64_t most, Work work) {
-        for (int64_t begin, end; s_.shares_[which].take(index, team.size(), most, begin, end);) work(begin, end);
+    // A long prompt is cut into a part for each thread, which then finds in its own caches what it has written, at the price of reading all
+    // weights. Units go through all rows for the first part, then for the second.
+    int token_parts(const Team& team) const { return tokens_ >= kTokensOfPart * team.size() ? team.size() : 1; }
+
+    // Where thread `index`'s tokens begin: parts are whole tiles.
+    int first_token(const Team& team, int index) const {
+        if (token_parts(team) == 1) return static_cast<int>(team.begin(tokens_, index));
+        return tile_start(static_cast<int>(team.begin(tile_count(tokens_), index)), tokens_);
     }
 
-    // Units that are taken together where their products stay in the scratch memory.
-    int64_t most_units() const { return single_ ? Step::kScratchUnits : 1; }
+    // work(inputs, first unit, end) until none of the `units` of each part are left.
+    template <class Work>
+    void share(const Team& team, int index, Units which, const Inputs& in, int64_t units, Work work) {
+        const bool whole = which == kHeadUnits || token_parts(team) == 1;
+        // Products of one token that are added to something or multiplied with something stay in the scratch memory until then.
+        const bool direct = which == kQkvUnits || which == kHeadUnits;
+        const int64_t most = !whole || (!single_ && which != kHeadUnits) ? 1 : direct ? kMostUnits : Step::kScratchUnits;
+        for (int64_t begin, end; s_.shares_[which].take(index, team.size(), most, begin, end);) {
+            if (whole) {
+                work(in.view(), begin, end);
+                continue;
+            }
+            Activations part = in.view();
+            const int of = static_cast<int>(begin / units);
+            part.begin = first_token(team, of), part.end = first_token(team, of + 1);
+            work(part, begin % units, begin % units + 1);
+        }
+    }
 
     // make(row) for every row that this thread makes, and a barrier where others read it.
     template <class Make>
     void rows(Team& team, int index, int count, Phase phase, Make make) {
         const bool alone = count == 1;
-        for (int64_t r = alone ? 0 : team.begin(count, index); r < (alone ? 1 : team.begin(count, index + 1)); r++) make(static_cast<int>(r));
+        const auto begin = [&](int i) { return count == tokens_ ? first_token(team, i) : static_cast<int>(team.begin(count, i)); };
+        for (int r = alone ? 0 : begin(index); r < (alone ? 1 : begin(index + 1)); r++) make(r);
         mark(index, phase);
         if (!alone) wait(team, index);
     }
@@ -120,32 +141,36 @@ private:
     void deal_qkv(const Team& team, int index, const Layer& layer) { deal(team, index, kQkvUnits, {&layer.q, &layer.k, &layer.v}, tokens_); }
 
     void qkv(Team& team, int index, const Layer& layer) {
-        share(team, index, kQkvUnits, kMostUnits, [&](int64_t begin, int64_t end) {
+        const int64_t all = unit_count(layer.q, tokens_) + unit_count(layer.k, tokens_) + unit_count(layer.v, tokens_);
+        share(team, index, kQkvUnits, inputs(index).hidden, all, [&](const Activations& in, int64_t begin, int64_t end) {
             int64_t before = 0, column = 0;
             for (const Matrix* part : {&layer.q, &layer.k, &layer.v}) {
                 const int64_t units = unit_count(*part, tokens_), first = std::clamp<int64_t>(begin - before, 0, units);
-                multiply(k_, *part, inputs(index).hidden.view(), first, std::clamp<int64_t>(end - before, 0, units),
+                multiply(k_, *part, in, first, std::clamp<int64_t>(end - before, 0, units),
                          s_.qkv_.get() + column + first * unit_rows(tokens_), columns_, mine(index).panel.get());
                 before += units, column += part->rows;
             }
         });
         mark(index, Phase::kQkv);
         deal(team, index, kOutUnits, {&layer.o}, tokens_);
-        if (index == 0) next_unit_.store(team.size(), std::memory_order_relaxed);  // thread i begins with unit i
+        const auto units = static_cast<int64_t>(s_.plan_.units.size());
+        s_.shares_[kAttentionUnits].deal(index, team.begin(units, index), team.begin(units, index + 1));
         wait(team, index);
     }
 
     void attention(Team& team, int index, const Layer& layer, int64_t l) {
         if (!s_.plan_.writes_cache) {
-            for (int64_t t = team.begin(tokens_, index); t < team.begin(tokens_, index + 1); t++)
+            for (int64_t t = first_token(team, index); t < first_token(team, index + 1); t++)
                 for (int h = 0; h < m_.kv_heads; h++) write_cache(layer, l, static_cast<int>(t), h);
             mark(index, Phase::kCache);
             wait(team, index);
         }
         const auto& units = s_.plan_.units;
-        for (size_t i = static_cast<size_t>(index), next = 0; i < units.size(); i = next) {
-            next = static_cast<size_t>(next_unit_.fetch_add(1, std::memory_order_relaxed));
-            attend(mine(index), units[i], next < units.size() ? units[next] : units[i], layer, l);
+        int64_t unit = 0, next = 0, end = 0;
+        Shares& shares = s_.shares_[kAttentionUnits];
+        for (bool more = shares.take(index, team.size(), 1, unit, end); more; unit = next) {
+            more = shares.take(index, team.size(), 1, next, end);
+            attend(mine(index), units[static_cast<size_t>(unit)], units[static_cast<size_t>(more ? next : unit)], layer, l);
         }
         mark(index, Phase::kAttention);
         wait(team, index);
@@ -259,11 +284,11 @@ private:
     template <class Deal>
     void residual(Team& team, int index, const Matrix& m, const Inputs& in, Phase phase, Units units, Deal before_wait) {
         float* product = mine(index).scratch.get();
-        share(team, index, units, most_units(), [&](int64_t begin, int64_t end) {
+        share(team, index, units, in, unit_count(m, tokens_), [&](const Activations& a, int64_t begin, int64_t end) {
             const int64_t row0 = begin * unit_rows(tokens_), size = (end - begin) * unit_rows(tokens_);
             const int64_t count = std::min(size, m.rows - row0);
-            multiply(k_, m, in.view(), begin, end, product, size, mine(index).panel.get());
-            for (int t = 0; t < tokens_; t++)
+            multiply(k_, m, a, begin, end, product, size, mine(index).panel.get());
+            for (int t = a.begin; t < a.end; t++)
                 for (int64_t r = 0; r < count; r++) s_.x_.get()[t * m_.hidden + row0 + r] += product[t * size + r];
         });
         mark(index, phase);
@@ -272,15 +297,16 @@ private:
     }
 
     void mlp(Team& team, int index, const Layer& layer) {
-        const Activations& in = inputs(index).hidden.view();
-        share(team, index, kMlpUnits, most_units(), [&](int64_t begin, int64_t end) {
+        const int64_t units = unit_count(layer.gate, tokens_);
+        share(team, index, kMlpUnits, inputs(index).hidden, units, [&](const Activations& in, int64_t begin, int64_t end) {
             const int64_t row0 = begin * unit_rows(tokens_), size = (end - begin) * unit_rows(tokens_);
             const int64_t count = std::min(size, m_.intermediate - row0);
             float *gate = mine(index).scratch.get(), *up = gate + tokens_ * size;
             multiply(k_, layer.gate, in, begin, end, gate, size, mine(index).panel.get());
             multiply(k_, layer.up, in, begin, end, up, size, mine(index).panel.get());
-            k_.silu_mul(gate, up, static_cast<int>(tokens_ * size), gate);
-            for (int t = 0; t < tokens_; t++) std::copy(gate + t * size, gate + t * size + count, s_.h_.get() + t * m_.intermediate + row0);
+            float* from = gate + in.begin * size;
+            k_.silu_mul(from, up + in.begin * size, static_cast<int>((in.end - in.begin) * size), from);
+            for (int t = in.begin; t < in.end; t++, from += size) std::copy(from, from + count, s_.h_.get() + t * m_.intermediate + row0);
         });
         mark(index, Phase::kMlp);
         deal(team, index, kDownUnits, {&layer.down}, tokens_);
@@ -296,8 +322,8 @@ private:
             k_.rms_norm(s_.x_.get() + b_.logit_row[r] * m_.hidden, m_.final_norm, m_.epsilon, static_cast<int>(m_.hidden), y);
             in.fill(k_, y, r);
         });
-        share(team, index, kHeadUnits, kMostUnits, [&](int64_t begin, int64_t end) {
-            multiply(k_, m_.head, in.view(), begin, end, b_.logits + begin * unit_rows(count), m_.vocab, mine(index).panel.get());
+        share(team, index, kHeadUnits, in, unit_count(m_.head, count), [&](const Activations& a, int64_t begin, int64_t end) {
+            multiply(k_, m_.head, a, begin, end, b_.logits + begin * unit_rows(count), m_.vocab, mine(index).panel.get());
         });
         mark(index, Phase::kHead);
         wait(team, index);
@@ -313,7 +339,6 @@ private:
     const bool single_;
     const int64_t columns_;
     const CacheShape cache_;
-    std::atomic<int64_t> next_unit_{0};
     double clock_ = 0;
 };
 

@@ -100,12 +100,12 @@ private:
 
     void reserve(const Batch& b, int threads);
 
-    static constexpr int kScratchUnits = 4;  // of one token, see `Run::most_units`
+    static constexpr int kScratchUnits = 4;  // of one token, whose products stay in `scratch`
 
     const Model m_;
     AttentionPlan plan_;
     std::vector<Local> local_;
-    Shares shares_[5];
+    Shares shares_[6];  // by Run::Units
     Buffer<float> x_, qkv_, attended_, h_, max_, sum_, partial_;
 };
 

@@ -32,7 +32,7 @@ public:
     void prepare(unsigned kinds, int tokens, int64_t columns, const float* fp32) {
         kinds_ = kinds;
         view_ = Activations{};
-        view_.tokens = tokens;
+        view_.tokens = view_.end = tokens;
         view_.columns = static_cast<int>(columns);
         view_.fp32 = fp32;
         const size_t size = static_cast<size_t>(tokens * columns);
@@ -70,14 +70,14 @@ private:
 inline int64_t unit_rows(int tokens) { return tokens == 1 ? kRows : kPanel; }
 inline int64_t unit_count(const Matrix& m, int tokens) { return (m.rows + unit_rows(tokens) - 1) / unit_rows(tokens); }
 
-// Rows of units [unit0, unit1) for all tokens: y[token * stride + row - first row], bias included.
+// Rows of units [unit0, unit1) for the tokens from begin to end: y[token * stride + row - first row], bias included.
 inline void multiply(const Kernels& k, const Matrix& m, const Activations& a, int64_t unit0, int64_t unit1, float* y, int64_t stride, uint8_t* panel) {
     const int64_t row0 = unit0 * unit_rows(a.tokens), row1 = std::min(m.rows, unit1 * unit_rows(a.tokens));
     if (row0 >= row1) return;
     if (a.tokens == 1) k.matvec(m, a, row0, row1, y);
     else k.matmul(m, a, row0, row1, y, stride, panel);
     if (m.bias == nullptr) return;
-    for (int t = 0; t < a.tokens; t++)
+    for (int t = a.begin; t < a.end; t++)
         for (int64_t r = row0; r < row1; r++) y[t * stride + r - row0] += m.bias[r];
 }
 
