@@ -24,7 +24,7 @@ from quantizers.calibration import calibrate_on, calibration_text, evaluation_te
 from quantizers.errors import PrecisError
 from quantizers.evaluate import evaluate
 from quantizers.memory import trim_heap
-from quantizers.model import LoadedModel, load_model, recipe_layers
+from quantizers.model import LoadedModel, load_model, stored_layers
 from quantizers.pipeline import QuantizationResult, quantize
 from quantizers.recipe import Recipe, parse_recipe
 from quantizers.report import Report
@@ -123,7 +123,7 @@ def load_fp32(config: PretrainedConfig, source: TensorSource) -> LoadedModel:
 def load_dequantized(config: PretrainedConfig, source: TensorSource, recipe: Recipe, artifact: Artifact) -> LoadedModel:
     """The fp32 model with the artifact's weights in its own layers; layers with int8 tokens round their input first."""
     loaded = load_fp32(config, source)
-    layers = recipe_layers(skeleton(config, torch.float32), recipe)
+    layers = stored_layers(skeleton(config, torch.float32), recipe, artifact)
     taken = set()
     for name, scheme in layers.items():
         layer = loaded.model.get_submodule(name)
