@@ -124,7 +124,7 @@ class _Inside:
         self, model: PreTrainedModel, block: nn.Module, shapes: Mapping[str, tuple[int, int]], recipe: Recipe, samples: int, length: int
     ) -> None:
         self._block = sum(parameter.numel() for parameter in block.parameters()) * _FP32
-        self._recipe, self._shapes = recipe, shapes
+        self._recipe, self._shapes, self._samples = recipe, shapes, samples
         text = model.config.get_text_config(decoder=True)
         self._stream: int = samples * length * text.hidden_size * _FP32
         tokens = min(samples, max(1, CHUNK_TOKENS // length)) * length if samples else 0
@@ -153,7 +153,7 @@ class _Inside:
             found.append(PeakBytes(artifact, self._block + whole, copies * self._stream, activations, held))
             found.append(PeakBytes(artifact, self._block + whole, copies * self._stream, self._trained(method), scratch))
         if isinstance(self._recipe.scheme, MixedScheme):
-            found.append(self._measuring(artifact))
+            found.append(self._measuring())
         return found
 
     def _trained(self, method: Method) -> int:
@@ -166,11 +166,13 @@ class _Inside:
         methods = self._recipe.methods
         return (*methods, Rtn(name="rtn")) if methods[-1].role == "smoother" else methods
 
-    def _measuring(self, artifact: int) -> PeakBytes:
-        """Widths are tried on a few samples: the block's input, two outputs and what compares them, weights kept beside the tried ones."""
-        return PeakBytes(
-            artifact, 2 * self._block, 5 * self._stream, self._chunk + self._heap, Rtn(name="rtn").scratch_bytes(_groups(self._shapes))
-        )
+    def _measuring(self) -> PeakBytes:
+        """Before anything is quantized widths are tried on a few samples: the block's input, two outputs and what compares them, weights
+        kept beside the tried ones.
+        """
+        few = self._stream * min(self._samples, MIXED_SAMPLES) // max(1, self._samples)
+        scratch = Rtn(name="rtn").scratch_bytes(_groups(self._shapes))
+        return PeakBytes(0, 2 * self._block, 5 * few, self._chunk + self._heap, scratch)
 
 
 def _copies(method: Method, recipe: Recipe) -> int:
