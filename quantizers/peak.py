@@ -213,20 +213,22 @@ def _opening(
 def _whole(
     model: PreTrainedModel, keys: Mapping[str, str], source: TensorSource, recipe: Recipe, samples: int, length: int, artifact: int
 ) -> PeakBytes:
-    """While a method trains the whole model: what is not quantized in fp32, the streams that are left, and for one step's tokens what all
-    blocks keep for their gradients and some tensors of the size of the vocabulary.
+    """While a method trains the whole model: what is not quantized in fp32, the streams that are left, and for one step's tokens the
+    inputs of all blocks, what one of them keeps for its gradients, and some tensors of the size of the vocabulary.
     """
     method, text = recipe.methods[-1], model.config.get_text_config(decoder=True)
     shapes = {name: layer_shape(model.get_submodule(name)) for name in recipe_layers(model, recipe)}
-    inside = {name: shape for name, shape in shapes.items() if name.startswith(tuple(f"{block}." for block in decoder_blocks(model)))}
+    blocks = [{name: shape for name, shape in shapes.items() if name.startswith(f"{block}.")} for block in decoder_blocks(model)]
+    inside = {name: shape for block in blocks for name, shape in block.items()}
     rest = {key for name, key in keys.items() if name.removesuffix(".weight") not in inside}
     unquantized = sum(torch.Size(source.shape(key)).numel() * _FP32 for key in rest if source.dtype(key) != torch.float32)
     tokens = min(samples, max(1, (method.chunk_tokens or CHUNK_TOKENS) // length)) * length if samples else 0
+    kept = max(_kept_for_gradients(tokens, block.values()) for block in blocks) + len(blocks) * tokens * text.hidden_size * _FP32
     return PeakBytes(
         2 * artifact,
         unquantized,
         len(method.streams()) * samples * length * text.hidden_size * _FP32,
-        _kept_for_gradients(tokens, inside.values()) + _LOGITS * tokens * text.vocab_size * _FP32,
+        kept + _LOGITS * tokens * text.vocab_size * _FP32,
         method.whole_bytes(sum(rows * columns for rows, columns in inside.values())),
     )
 

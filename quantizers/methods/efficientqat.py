@@ -35,11 +35,11 @@ class EfficientQat(Method):
     needs_calibration: ClassVar[bool] = True
     chunk_tokens: ClassVar[int | None] = 1024  # one step sees them: two samples of the usual length
     start: Literal["rtn", "hqq", "gptq"] = "gptq"
-    epochs: int = Field(default=2, ge=0, le=10_000)
-    weight_rate: float = Field(default=1e-2, ge=0, le=1, allow_inf_nan=False)
+    epochs: int = Field(default=4, ge=0, le=10_000)
+    weight_rate: float = Field(default=3e-2, ge=0, le=1, allow_inf_nan=False)
     grid_rate: float = Field(default=1e-3, ge=0, le=1, allow_inf_nan=False)
-    end_epochs: int = Field(default=2, ge=0, le=10_000)
-    end_rate: float = Field(default=2e-3, gt=0, le=1, allow_inf_nan=False)
+    end_epochs: int = Field(default=4, ge=0, le=10_000)
+    end_rate: float = Field(default=3e-3, gt=0, le=1, allow_inf_nan=False)
 
     @model_validator(mode="after")
     def _something_is_trained(self) -> "EfficientQat":
@@ -70,8 +70,8 @@ class EfficientQat(Method):
         return self.end_epochs > 0
 
     def whole_bytes(self, weights: int) -> int:
-        """Codes, and the values that gradients go through, in two types."""
-        return (2 + FP32_BYTES + 2) * weights
+        """Codes, and values while it is measured what they lose."""
+        return (2 + FP32_BYTES) * weights
 
     def apply(self, block: "Block") -> None:
         from quantizers.training.blockwise import Rates, reconstruct, split

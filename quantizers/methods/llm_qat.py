@@ -35,7 +35,7 @@ class LlmQat(Method):
     keeps_floating: ClassVar[bool] = True
     chunk_tokens: ClassVar[int | None] = 1024  # one step sees them: two samples of the usual length
     epochs: int = Field(default=2, ge=1, le=10_000)
-    learning_rate: float = Field(default=2e-3, gt=0, le=1, allow_inf_nan=False)
+    learning_rate: float = Field(default=3e-3, gt=0, le=1, allow_inf_nan=False)
     lora_rank: int = Field(default=0, ge=0, le=1024)
     labels: float = Field(default=0, ge=0, le=10, allow_inf_nan=False)
 
@@ -50,8 +50,8 @@ class LlmQat(Method):
         return True
 
     def whole_bytes(self, weights: int) -> int:
-        """Weights, what they are quantized to and how, and for those that learn gradients and two moments."""
-        return (4 if self.lora_rank else 7) * FP32_BYTES * weights
+        """Weights before training and since, and gradients and two moments where all of them learn, else rounded values for measuring."""
+        return (3 if self.lora_rank else 5) * FP32_BYTES * weights
 
     def apply(self, block: "Block") -> None:
         Rtn(name="rtn").apply(block)

@@ -9,11 +9,13 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, nll_loss
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from quantizers.block import BlockLoss, Training
@@ -76,9 +78,38 @@ class Whole:
         """Logarithms of the checkpoint's probabilities, of that shape."""
         with torch.no_grad(), ExitStack() as stack:
             for block in self.blocks:
-                block.forward = _passing(self.hidden[chunk.samples], self.in_tuple)
-                stack.callback(delattr, block, "forward")
+                stack.enter_context(_running(block, _passing(self.hidden[chunk.samples], self.in_tuple)))
             return torch.log_softmax(self.logits(chunk), -1)
+
+    @contextmanager
+    def recomputing(self) -> Iterator[None]:
+        """Meanwhile blocks keep only their inputs for the backward pass and run again in it (Chen et al. 2016, arXiv 1604.06174): a fifth
+        more time, and a fraction of the memory.
+        """
+        with ExitStack() as stack:
+            for block in self.blocks:
+                stack.enter_context(_running(block, partial(_recomputed, block.forward)))
+            yield
+
+
+def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(partial(forward, **kwargs), *args, use_reentrant=False, preserve_rng_state=False)
+
+
+@contextmanager
+def _running(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Meanwhile `module` runs `forward`."""
+    before = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
 
 
 def _passing(hidden: Tensor, in_tuple: bool) -> Callable[..., Any]:
@@ -99,7 +130,7 @@ def distil(
     before, held_before = _measure(whole, whole.weights, parts, labels)
     plan = Plan(steps=epochs * len(taught), warmup=0.05)
     directory = whole.training.directory
-    with computing_with(whole.model, learning):
+    with computing_with(whole.model, learning), whole.recomputing():
         train(
             groups,
             lambda number: divergence(whole, drawn(taught, number), labels),
@@ -140,11 +171,8 @@ def _identity(whole: Whole, groups: Sequence[ParameterGroup], labels: float) -> 
 @contextmanager
 def computing_with(model: nn.Module, weights: Mapping[str, Computes]) -> Iterator[None]:
     """Meanwhile the model's layers of these names compute with `weights`."""
-    layers = {name: model.get_submodule(name) for name in weights}
-    for name, layer in layers.items():
-        layer.forward = forward_with(weights[name], layer)
-    try:
+    with ExitStack() as stack:
+        for name, weight in weights.items():
+            layer = model.get_submodule(name)
+            stack.enter_context(_running(layer, forward_with(weight, layer)))
         yield
-    finally:
-        for layer in layers.values():
-            del layer.forward
