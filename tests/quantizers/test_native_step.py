@@ -234,6 +234,25 @@ def test_a_row_is_the_same_alone_and_among_sixteen(name: str, scheme: IntegerSch
         assert torch.equal(logits[s], expected_row), s
 
 
+@pytest.mark.parametrize("name", ["llama", "mistral with a window", "qwen2 with windows in some layers"])
+def test_a_step_of_one_token_each_gives_every_sequence_its_own(name: str) -> None:
+    """Their keys and values are asked for ahead, layer by layer, which may change nothing."""
+    model = quantized(small(name, torch.bfloat16), IntegerScheme(weight_bits=4, group_size=32), HEAD8)
+    lengths = [1 + 9 * s for s in range(16)]
+    texts = [text(model, length + 3, seed=s) for s, length in enumerate(lengths)]
+    together, alone = Cache(model, 16), Cache(model, 16)
+    for cache in (together, alone):
+        for s, ids in enumerate(texts):
+            cache.feed(ids[: lengths[s]], sequence=s)
+    torch.set_num_threads(2)
+    rows = np.arange(16, dtype=np.int32)
+    for step in range(3):
+        tokens = ints(*(ids[length + step] for ids, length in zip(texts, lengths, strict=True)))
+        logits = together.step.forward(tokens, ints(*lengths) + np.int32(step), np.arange(17, dtype=np.int32), together.tables, rows)
+        for s, ids in enumerate(texts):
+            assert torch.equal(logits[s], alone.feed(ids[lengths[s] + step :][:1], start=lengths[s] + step, sequence=s)[0]), (step, s)
+
+
 def test_a_copied_block_continues_as_the_original() -> None:
     model = small("llama", torch.bfloat16)
     ids = text(model, 40)

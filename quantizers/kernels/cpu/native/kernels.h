@@ -6,6 +6,7 @@
 #pragma once
 
 #include "activations.h"
+#include "ahead.h"
 
 namespace precis {
 
@@ -46,8 +47,9 @@ struct Kernels {
     void (*quantize_row)(Kind kind, const float* x, const Activations& into, int row);
     // One token: y[row - row0] for rows row0 <= row < row1; row0 is a multiple of 16.
     void (*matvec)(const Matrix& m, const Activations& a, int64_t row0, int64_t row1, float* y);
-    // The tokens of `a` from begin to end: y[token * stride + row - row0]; row0 is a multiple of 32. `panel` has panel_bytes(columns).
-    void (*matmul)(const Matrix& m, const Activations& a, int64_t row0, int64_t row1, float* y, int64_t stride, uint8_t* panel);
+    // The tokens of `a` from begin to end: y[token * stride + row - row0]; row0 is a multiple of 32. `panel` has panel_bytes(columns);
+    // `ahead`, if any, is asked for meanwhile.
+    void (*matmul)(const Matrix& m, const Activations& a, int64_t row0, int64_t row1, float* y, int64_t stride, uint8_t* panel, Ahead* ahead);
     void (*rms_norm)(const float* x, const float* weight, float eps, int n, float* y);
     void (*silu_mul)(const float* gate, const float* up, int n, float* y);
     // Rotary embedding of one head, times `factor`: the two halves of x [2 * half] are the parts of `half` complex numbers. y may be x.

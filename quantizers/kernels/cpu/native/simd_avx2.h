@@ -88,6 +88,7 @@ struct V {
         _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
     }
 
+    PRECIS_INLINE static void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
     PRECIS_INLINE static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
     PRECIS_INLINE static B bload(const void* p) {
         const auto* v = static_cast<const __m256i*>(p);

@@ -81,6 +81,8 @@ struct V {
     }
     PRECIS_INLINE static void store8(int8_t* p, D x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x)); }
 
+    // Into the first-level cache, or the second.
+    PRECIS_INLINE static void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
     PRECIS_INLINE static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
     PRECIS_INLINE static B bload(const void* p) { return _mm512_loadu_si512(p); }
     PRECIS_INLINE static void bstore(void* p, B x) { _mm512_storeu_si512(p, x); }

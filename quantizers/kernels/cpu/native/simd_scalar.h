@@ -78,6 +78,7 @@ struct V {
     static D clamp8(const D& x) { return each<D>([&](int i) { return std::min(127, std::max(-128, x.lane[i])); }); }
     static void store8(int8_t* p, const D& x) { for (int i = 0; i < 16; i++) p[i] = static_cast<int8_t>(x.lane[i]); }
 
+    static void prefetch_far(const void*) {}
     static void prefetch(const void*) {}
     static B bload(const void* p) {
         B out;

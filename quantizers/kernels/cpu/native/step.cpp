@@ -36,6 +36,7 @@ private:
     void thread(Team& team, int index) {
         if (index == 0) clock_ = now();
         for (int64_t t = first_token(team, index); t < first_token(team, index + 1); t++) embed(static_cast<int>(t));
+        find_ahead(team, index);
         deal_qkv(team, index, m_.layer[0]);
         if (single_) wait(team, index);
         for (int64_t l = 0; l < m_.layers; l++) {
@@ -43,6 +44,7 @@ private:
             normed(team, index, layer.input_norm);
             qkv(team, index, layer);
             attention(team, index, layer, l);
+            if (l + 1 < m_.layers) mine(index).ahead.begin(cache_.keys(b_.cache, l + 1, 0, 0));
             residual(team, index, layer.o, inputs(index).out, Phase::kOut, kOutUnits,
                      [&] { deal(team, index, kMlpUnits, {&layer.gate}, tokens_); });
             normed(team, index, layer.post_norm);
@@ -109,6 +111,28 @@ private:
         }
     }
 
+    // Which keys and values this thread's part of the attention reads, in every layer.
+    void find_ahead(const Team& team, int index) {
+        Local& local = mine(index);
+        local.blocks.clear();
+        if (single_ || s_.plan_.split || !s_.plan_.writes_cache) return;
+        const auto most = static_cast<size_t>(Step::kAheadBytes / cache_.block_bytes());
+        const auto count = static_cast<int64_t>(s_.plan_.units.size());
+        int last = -1;
+        for (int64_t i = team.begin(count, index); i < team.begin(count, index + 1); i++) {
+            const AttentionUnit& u = s_.plan_.units[static_cast<size_t>(i)];
+            const int position = b_.position[u.token0], first = first_position(position, m_.layer[0].window) / kBlockTokens;
+            for (int b = first; u.sequence != last && b <= position / kBlockTokens && local.blocks.size() < most; b++)
+                local.blocks.push_back(b_.table[u.sequence * b_.table_width + b]);
+            last = u.sequence;
+        }
+        local.ahead.block = local.blocks.data(), local.ahead.count = static_cast<int>(local.blocks.size());
+        local.ahead.block_bytes = cache_.block_bytes();
+        local.ahead.begin(b_.cache);
+    }
+
+    Ahead* ahead(int index) { return mine(index).blocks.empty() ? nullptr : &mine(index).ahead; }
+
     // make(row) for every row that this thread makes, and a barrier where others read it.
     template <class Make>
     void rows(Team& team, int index, int count, Phase phase, Make make) {
@@ -147,7 +171,7 @@ private:
             for (const Matrix* part : {&layer.q, &layer.k, &layer.v}) {
                 const int64_t units = unit_count(*part, tokens_), first = std::clamp<int64_t>(begin - before, 0, units);
                 multiply(k_, *part, in, first, std::clamp<int64_t>(end - before, 0, units),
-                         s_.qkv_.get() + column + first * unit_rows(tokens_), columns_, mine(index).panel.get());
+                         s_.qkv_.get() + column + first * unit_rows(tokens_), columns_, mine(index).panel.get(), ahead(index));
                 before += units, column += part->rows;
             }
         });
@@ -287,7 +311,7 @@ private:
         share(team, index, units, in, unit_count(m, tokens_), [&](const Activations& a, int64_t begin, int64_t end) {
             const int64_t row0 = begin * unit_rows(tokens_), size = (end - begin) * unit_rows(tokens_);
             const int64_t count = std::min(size, m.rows - row0);
-            multiply(k_, m, a, begin, end, product, size, mine(index).panel.get());
+            multiply(k_, m, a, begin, end, product, size, mine(index).panel.get(), ahead(index));
             for (int t = a.begin; t < a.end; t++)
                 for (int64_t r = 0; r < count; r++) s_.x_.get()[t * m_.hidden + row0 + r] += product[t * size + r];
         });
@@ -302,8 +326,8 @@ private:
             const int64_t row0 = begin * unit_rows(tokens_), size = (end - begin) * unit_rows(tokens_);
             const int64_t count = std::min(size, m_.intermediate - row0);
             float *gate = mine(index).scratch.get(), *up = gate + tokens_ * size;
-            multiply(k_, layer.gate, in, begin, end, gate, size, mine(index).panel.get());
-            multiply(k_, layer.up, in, begin, end, up, size, mine(index).panel.get());
+            multiply(k_, layer.gate, in, begin, end, gate, size, mine(index).panel.get(), ahead(index));
+            multiply(k_, layer.up, in, begin, end, up, size, mine(index).panel.get(), ahead(index));
             float* from = gate + in.begin * size;
             k_.silu_mul(from, up + in.begin * size, static_cast<int>((in.end - in.begin) * size), from);
             for (int t = in.begin; t < in.end; t++, from += size) std::copy(from, from + count, s_.h_.get() + t * m_.intermediate + row0);
@@ -323,7 +347,7 @@ private:
             in.fill(k_, y, r);
         });
         share(team, index, kHeadUnits, in, unit_count(m_.head, count), [&](const Activations& a, int64_t begin, int64_t end) {
-            multiply(k_, m_.head, a, begin, end, b_.logits + begin * unit_rows(count), m_.vocab, mine(index).panel.get());
+            multiply(k_, m_.head, a, begin, end, b_.logits + begin * unit_rows(count), m_.vocab, mine(index).panel.get(), ahead(index));
         });
         mark(index, Phase::kHead);
         wait(team, index);

@@ -94,6 +94,8 @@ private:
         Buffer<float> scratch;  // two panels of products, or the query of an attention unit
         Buffer<uint8_t> query;
         Buffer<uint8_t> panel;
+        Ahead ahead;
+        std::vector<int32_t> blocks;  // of `ahead`
         Buffer<float> max, sum, partial, weight;  // chunks of the unit that is worked on
         size_t bytes() const;
     };
@@ -101,6 +103,8 @@ private:
     void reserve(const Batch& b, int threads);
 
     static constexpr int kScratchUnits = 4;  // of one token, whose products stay in `scratch`
+
+    static constexpr int64_t kAheadBytes = 1 << 20;  // of a layer's keys and values: what the second-level cache holds
 
     const Model m_;
     AttentionPlan plan_;

@@ -71,11 +71,12 @@ inline int64_t unit_rows(int tokens) { return tokens == 1 ? kRows : kPanel; }
 inline int64_t unit_count(const Matrix& m, int tokens) { return (m.rows + unit_rows(tokens) - 1) / unit_rows(tokens); }
 
 // Rows of units [unit0, unit1) for the tokens from begin to end: y[token * stride + row - first row], bias included.
-inline void multiply(const Kernels& k, const Matrix& m, const Activations& a, int64_t unit0, int64_t unit1, float* y, int64_t stride, uint8_t* panel) {
+inline void multiply(const Kernels& k, const Matrix& m, const Activations& a, int64_t unit0, int64_t unit1, float* y, int64_t stride, uint8_t* panel,
+                     Ahead* ahead = nullptr) {
     const int64_t row0 = unit0 * unit_rows(a.tokens), row1 = std::min(m.rows, unit1 * unit_rows(a.tokens));
     if (row0 >= row1) return;
     if (a.tokens == 1) k.matvec(m, a, row0, row1, y);
-    else k.matmul(m, a, row0, row1, y, stride, panel);
+    else k.matmul(m, a, row0, row1, y, stride, panel, ahead);
     if (m.bias == nullptr) return;
     for (int t = a.begin; t < a.end; t++)
         for (int64_t r = row0; r < row1; r++) y[t * stride + r - row0] += m.bias[r];
