@@ -2,6 +2,8 @@
 
 import asyncio
 import random
+import statistics
+import time
 from collections import Counter
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -9,9 +11,14 @@ from dataclasses import dataclass
 from quantizers.errors import Overloaded
 from server.engine.client import EngineClient
 from server.engine.interface import Finished, Request, Sampling, StepStats, Token, VariantSpec
+from server.engine.scheduler import Limits
 
 CLIENTS = 200
 QUEUE = 64
+SEQUENCES = Limits.sequences  # that run at once
+# By which the flood may slow the engine down against a few clients who wait their turn: cancellations in the middle of steps, prompts that
+# were read for nobody, 200 clients in the same process as whoever measures.
+SLOWER = 3.0
 
 
 @dataclass(frozen=True)
@@ -33,17 +40,18 @@ class Flood:
         self.first_token_seconds: list[float] = []
         self.retry_after: list[float] = []
 
-    async def client(self, number: int) -> None:
+    async def client(self, number: int, *, patient: bool = False) -> None:
+        """Half of them hang up at some moment, unless they are `patient`."""
         choose = random.Random(number)
-        await asyncio.sleep(choose.random() * 0.5)
+        await asyncio.sleep(0 if patient else choose.random() * 0.5)
         prompt = tuple(choose.choices(range(5), k=choose.choice([3, 40, 700])))
         length = choose.randint(1, 30)
         request = Request(
             id=f"r{number}", variant=self._spec.key, prompt_token_ids=prompt, sampling=Sampling(max_tokens=length, seed=number)
         )
-        leaves_after = choose.randint(0, length) if number % 2 else None
+        leaves_after = choose.randint(0, length) if number % 2 and not patient else None
         try:
-            async with asyncio.timeout(choose.random() * 2 if number % 4 == 1 else None):
+            async with asyncio.timeout(choose.random() * 2 if number % 4 == 1 and not patient else None):
                 self.outcomes[await self._read(request, length, leaves_after)] += 1
         except TimeoutError:
             self.outcomes["left"] += 1
@@ -87,8 +95,12 @@ def test_a_flood_ends_with_everybody_answered_and_nothing_left(specs: dict[str, 
         await engine.start()
         try:
             await engine.load(specs["bf16"])
-            flood = Flood(engine, specs["bf16"])
+            flood, calm = (Flood(engine, specs["bf16"]) for _ in range(2))
             await flood.client(0)  # the cache is made
+            began = time.monotonic()
+            await asyncio.gather(*(calm.client(CLIENTS + number, patient=True) for number in range(SEQUENCES)))
+            seconds_each = (time.monotonic() - began) / SEQUENCES
+            flood.first_token_seconds.clear()
             async with asyncio.timeout(30):
                 before = await settled(engine)
             async with asyncio.timeout(120):
@@ -101,7 +113,10 @@ def test_a_flood_ends_with_everybody_answered_and_nothing_left(specs: dict[str, 
             assert after.memory.reserved_bytes == before.memory.reserved_bytes
             assert all(1 <= seconds <= 60 for seconds in flood.retry_after)
             # 64 that wait and 32 that run are all that can be before a request that was taken.
-            assert max(flood.first_token_seconds) < 60
+            bound = SLOWER * (QUEUE + SEQUENCES) * seconds_each
+            p99 = statistics.quantiles(flood.first_token_seconds, n=100)[98]
+            print(f"time to first token of accepted requests: p99 {p99:.2f} s, bound {bound:.2f} s")
+            assert p99 < bound
             assert engine.restarts == 0
             assert not engine._streams
         finally:
