@@ -49,6 +49,8 @@ class Http:
             "0",
             "--data-dir",
             str(PEERS / "data"),
+            "--speculation",
+            "off",  # as the engine's settings here: what is measured is a token's way, not guesses
         ]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         assert self._process.stdout is not None
