@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Message, Scope
 from quantizers.errors import InvalidInput, PrecisError
 from server.api.body import parse_object
 from server.api.errors import error_body, invalid_input
-from server.api.schema import ApiModel
+from server.api.strict import ApiModel
 
 URLS = ("/v1/completions", "/v1/chat/completions")
 AT_ONCE = 64  # twice what a step holds, so that a sequence that ends is followed by one that waits

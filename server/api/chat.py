@@ -6,10 +6,10 @@ from fastapi import APIRouter, Request, Response
 
 from quantizers.errors import InvalidInput
 from server.api.answer import answer
+from server.api.conversation import ChatRequest, ResponseFormat
 from server.api.description import described
 from server.api.generation import Piece, Prompt, ShownToken, json_logprob
 from server.api.objects import ChatCompletion, ChatCompletionChunk
-from server.api.schema import ChatRequest, ResponseFormat
 from server.text.chat import render_chat
 from server.text.grammar import schema_grammar
 from server.text.tokenizer import Tokenizer

@@ -15,8 +15,8 @@ from server.api.catalog import recipe_of
 from server.api.description import described
 from server.api.jobs import Calibrate
 from server.api.objects import CheckpointEntry, CheckpointList, CreatedCheckpoint, Deleted
-from server.api.schema import ApiModel
 from server.api.services import Services, services_of
+from server.api.strict import ApiModel
 
 router = APIRouter()
 

@@ -16,9 +16,9 @@ from server.api.body import json_body
 from server.api.catalog import recipe_of
 from server.api.description import described, plain
 from server.api.objects import JobList, MethodList
-from server.api.schema import ApiModel
 from server.api.services import Services, services_of
 from server.api.sse import EventStream, event
+from server.api.strict import ApiModel
 from server.calibration import DEFAULT, MAX_LENGTH, MAX_SAMPLES, SELF, CalibrationOptions
 
 router = APIRouter()

@@ -3,15 +3,14 @@
 Types are strict: a string is no number, a boolean is no integer. A field whose value is null counts as absent.
 """
 
-import json
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetJsonSchemaHandler, WithJsonSchema, model_validator
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema
 
 from quantizers.errors import InvalidInput
 from server.api.errors import describe
+from server.api.strict import ApiModel
 
 MAX_CHOICES = 8
 MAX_PROMPTS = 64
@@ -40,47 +39,6 @@ _METADATA: JsonSchemaValue = {
     "propertyNames": {"maxLength": 64},
     "additionalProperties": {"type": "string", "maxLength": 512},
 }
-_PART: JsonSchemaValue = {
-    "type": "object",
-    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
-    "required": ["type", "text"],
-    "additionalProperties": False,
-}
-_CONTENT: JsonSchemaValue = {"anyOf": [{"type": "string"}, {"type": "array", "items": _PART, "minItems": 1}]}
-_NAMED: JsonSchemaValue = {
-    "type": "object",
-    "properties": {
-        "type": {"const": "function"},
-        "function": {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"], "additionalProperties": False},
-    },
-    "required": ["type", "function"],
-    "additionalProperties": False,
-}
-_TOOL_CHOICE: JsonSchemaValue = {"anyOf": [{"enum": ["none", "auto", "required"]}, _NAMED]}
-
-
-class ApiModel(BaseModel):
-    """Strict, closed, and blind to nulls."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        """As pydantic makes it, with null allowed wherever a field may be absent."""
-        schema = handler.resolve_ref_schema(handler(core))
-        required = schema.get("required", ())
-        for name, field in schema.get("properties", {}).items():
-            if name not in required and {"type": "null"} not in field.get("anyOf", ()):
-                description = {key: field.pop(key) for key in ("default", "title", "description") if key in field}
-                schema["properties"][name] = {"anyOf": [field, {"type": "null"}], **description}
-        return schema
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_absent(cls, value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: item for key, item in value.items() if item is not None}
-        return value
 
 
 def _prompts(value: Any) -> list[str] | list[list[int]]:
@@ -124,23 +82,6 @@ def _logit_bias(value: Any) -> dict[int, float]:
     return biases
 
 
-def _content(value: Any) -> str:
-    """A message's text: a string, or text parts joined as they are."""
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list) or not value:
-        raise ValueError("should be a text or a list of parts of the type 'text'")
-    texts: list[str] = []
-    for part in value:
-        if not isinstance(part, dict) or part.get("type") != "text":
-            kind = part.get("type") if isinstance(part, dict) else part
-            raise ValueError(f"has a part of the type {describe(kind)}; only parts {{'type': 'text', 'text': ...}} are implemented")
-        if set(part) != {"type", "text"} or not isinstance(part["text"], str):
-            raise ValueError("has a text part whose fields are not exactly 'type' and 'text', a string")
-        texts.append(part["text"])
-    return "".join(texts)
-
-
 def _metadata(value: Any) -> dict[str, str]:
     if not isinstance(value, dict) or len(value) > 16:
         raise ValueError("should be an object of at most 16 texts")
@@ -175,9 +116,9 @@ class GenerationRequest(ApiModel):
     repetition_penalty: float = Field(default=1.0, gt=0, le=10)
     presence_penalty: float = Field(default=0.0, ge=-2, le=2)
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
-    logit_bias: Annotated[dict[int, float], BeforeValidator(_logit_bias), WithJsonSchema(_LOGIT_BIAS)] = {}
+    logit_bias: Annotated[dict[int, float], BeforeValidator(_logit_bias), WithJsonSchema(_LOGIT_BIAS)] = Field(default={})
     seed: int | None = Field(default=None, ge=-INT64, lt=INT64)
-    stop: Annotated[list[str], BeforeValidator(_stops), WithJsonSchema(_STOP)] = []
+    stop: Annotated[list[str], BeforeValidator(_stops), WithJsonSchema(_STOP)] = Field(default=[])
     stop_token_ids: list[Annotated[int, Field(ge=0, lt=MAX_TOKENS)]] = Field(default=[], max_length=64)
     ignore_eos: bool = False
     n: int = Field(default=1, ge=1, le=MAX_CHOICES)
@@ -185,7 +126,7 @@ class GenerationRequest(ApiModel):
     stream_options: StreamOptions | None = None
     cache_salt: str = Field(default="", max_length=256)
     user: str | None = Field(default=None, max_length=1024)
-    metadata: Annotated[dict[str, str], BeforeValidator(_metadata), WithJsonSchema(_METADATA)] = {}
+    metadata: Annotated[dict[str, str], BeforeValidator(_metadata), WithJsonSchema(_METADATA)] = Field(default={})
 
     @model_validator(mode="before")
     @classmethod
@@ -263,183 +204,3 @@ class CompletionRequest(GenerationRequest):
     @property
     def echoes_prompt(self) -> bool:
         return self.echo
-
-
-def _arguments(value: Any) -> dict[str, Any]:
-    """Arguments of a call as templates want them: an object, from its JSON text."""
-    try:
-        arguments = json.loads(value) if isinstance(value, str) else None
-    except (ValueError, RecursionError):
-        arguments = None
-    if not isinstance(arguments, dict):
-        raise ValueError("should be a text that is a JSON object")
-    return arguments
-
-
-class CalledFunction(ApiModel):
-    name: str = Field(max_length=256)
-    arguments: Annotated[dict[str, Any], BeforeValidator(_arguments), WithJsonSchema({"type": "string"})]
-
-
-class ToolCall(ApiModel):
-    id: str = Field(max_length=256)
-    type: Literal["function"] = "function"
-    function: CalledFunction
-
-
-class Message(ApiModel):
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[str, BeforeValidator(_content), WithJsonSchema(_CONTENT)] | None = None
-    name: str | None = Field(default=None, max_length=256)  # given to the template, which may show it
-    refusal: str | None = None  # clients send an answer back as it came, where this is null
-    tool_calls: list[ToolCall] = Field(default=[], max_length=128)
-    tool_call_id: str | None = Field(default=None, max_length=256)
-
-    @property
-    def of_tools(self) -> bool:
-        return bool(self.tool_calls) or self.role == "tool"
-
-    def check(self, param: str) -> None:
-        """Raises InvalidInput where fields do not go with the role; `param` is the message's path."""
-        if self.content is None and not self.tool_calls:
-            raise InvalidInput(f"the field '{param}.content' is required", param=f"{param}.content", code="missing_field")
-        if self.tool_calls and self.role != "assistant":
-            raise InvalidInput(f"{param}: only a message of the assistant has tool_calls", param=f"{param}.tool_calls")
-        if (self.role == "tool") != (self.tool_call_id is not None):
-            raise InvalidInput(f"{param}: tool_call_id belongs to messages of the role 'tool'", param=f"{param}.tool_call_id")
-        if self.refusal is not None:
-            raise InvalidInput(f"{param}: refusal has no place in a template: put it into content", param=f"{param}.refusal")
-
-    def for_template(self) -> dict[str, Any]:
-        """`developer` is OpenAI's newer word for `system`, which is what templates know."""
-        message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": self.content or ""}
-        if self.name is not None:
-            message["name"] = self.name
-        if self.tool_calls:
-            message["tool_calls"] = [call.model_dump() for call in self.tool_calls]
-        if self.tool_call_id is not None:
-            message["tool_call_id"] = self.tool_call_id
-        return message
-
-
-class JsonSchema(ApiModel):
-    """`strict` is accepted and changes nothing: every schema is followed to the letter or refused. The description goes nowhere."""
-
-    name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")
-    description: str | None = Field(default=None, max_length=4096)
-    schema_: dict[str, Any] = Field(default={}, alias="schema")
-    strict: bool = False
-
-
-class ResponseFormat(ApiModel):
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
-
-    @model_validator(mode="after")
-    def _schema_where_it_belongs(self) -> "ResponseFormat":
-        if (self.json_schema is not None) != (self.type == "json_schema"):
-            raise InvalidInput(
-                "response_format.json_schema belongs to the type 'json_schema', and to that only", param="response_format.json_schema"
-            )
-        return self
-
-
-class Function(ApiModel):
-    """`strict`: calls follow `parameters` to the letter; otherwise a model's call may hold any arguments."""
-
-    name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")
-    description: str | None = Field(default=None, max_length=1 << 16)
-    parameters: dict[str, Any] = {"type": "object", "properties": {}}
-    strict: bool = False
-
-
-class Tool(ApiModel):
-    type: Literal["function"]
-    function: Function
-
-    def for_template(self) -> dict[str, Any]:
-        return {"type": "function", "function": self.function.model_dump(exclude={"strict"}, exclude_none=True)}
-
-
-def _tool_choice(value: Any) -> str:
-    """The mode, or `=` and the name of the one function."""
-    if value in ("none", "auto", "required"):
-        return str(value)
-    if isinstance(value, dict) and value.get("type") == "function" and set(value) == {"type", "function"}:
-        function = value["function"]
-        if isinstance(function, dict) and set(function) == {"name"} and isinstance(function["name"], str):
-            return f"={function['name']}"
-    raise ValueError("should be 'none', 'auto', 'required' or {'type': 'function', 'function': {'name': ...}}")
-
-
-_FUNCTIONS = "it is OpenAI's older form: send 'tools' and 'tool_choice'"
-
-
-class ChatRequest(GenerationRequest):
-    not_implemented: ClassVar[dict[str, str]] = {
-        "functions": _FUNCTIONS,
-        "function_call": _FUNCTIONS,
-        "audio": "answers are text only",
-        "modalities": "answers are text only; leave it out",
-        "prediction": "leave it out; it changes speed only",
-        "reasoning_effort": "the models here take no such setting; leave it out",
-    }
-
-    messages: list[Message]
-    max_completion_tokens: int | None = Field(default=None, ge=0, le=MAX_TOKENS)
-    logprobs: bool = False
-    top_logprobs: int | None = Field(default=None, ge=0, le=20)
-    response_format: ResponseFormat | None = None
-    tools: list[Tool] = Field(default=[], max_length=128)
-    tool_choice: Annotated[str | None, BeforeValidator(_tool_choice), WithJsonSchema(_TOOL_CHOICE)] = None
-    parallel_tool_calls: bool = True
-
-    @model_validator(mode="after")
-    def _chat_fits_together(self) -> "ChatRequest":
-        if not self.messages:
-            raise InvalidInput("messages is empty: send at least one message", param="messages")
-        for index, message in enumerate(self.messages):
-            message.check(f"messages.{index}")
-        self._check_tools()
-        if self.top_logprobs is not None and not self.logprobs:
-            raise InvalidInput('top_logprobs needs "logprobs": true', param="top_logprobs")
-        both = self.max_tokens is not None and self.max_completion_tokens is not None
-        if both and self.max_tokens != self.max_completion_tokens:
-            raise InvalidInput("max_tokens and max_completion_tokens differ: send only max_completion_tokens", param="max_tokens")
-        if self.answers_json:
-            for name in self.model_fields_set & {"min_tokens", "ignore_eos"}:
-                raise InvalidInput(f"{name} does not go with a JSON response_format, whose text ends where the JSON does", param=name)
-        return self
-
-    def _check_tools(self) -> None:
-        names = [tool.function.name for tool in self.tools]
-        for index, tool in enumerate(self.tools):
-            if tool.function.name in names[:index]:
-                raise InvalidInput(f"two tools have the name {tool.function.name!r}", param=f"tools.{index}.function.name")
-            if tool.function.parameters.get("type", "object") != "object":
-                param = f"tools.{index}.function.parameters"
-                raise InvalidInput(f"{param}: arguments are an object, so its type must be 'object'", param=param)
-        for field in ("tool_choice", "parallel_tool_calls"):
-            if field in self.model_fields_set and not self.tools and self.tool_choice != "none":
-                raise InvalidInput(f"{field} needs tools", param=field)
-        if self.tool_choice is not None and self.tool_choice.startswith("=") and self.tool_choice[1:] not in names:
-            raise InvalidInput(f"tool_choice names {self.tool_choice[1:]!r}, which is none of the tools", param="tool_choice")
-        if self.calls_tools and self.answers_json:
-            raise InvalidInput("response_format does not go with tools: an answer is JSON or may call a tool", param="response_format")
-
-    @property
-    def calls_tools(self) -> bool:
-        """Whether the answer may hold calls."""
-        return bool(self.tools) and self.tool_choice != "none"
-
-    @property
-    def answers_json(self) -> bool:
-        return self.response_format is not None and self.response_format.type != "text"
-
-    @property
-    def token_limit(self) -> int | None:
-        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-
-    @property
-    def top_logprob_count(self) -> int | None:
-        return (self.top_logprobs or 0) if self.logprobs else None

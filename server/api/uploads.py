@@ -16,9 +16,9 @@ from server.api.body import json_body
 from server.api.description import described
 from server.api.multipart import stream_field
 from server.api.objects import Deleted, UploadWithParts
-from server.api.schema import ApiModel
 from server.api.services import services_of
 from server.api.sse import ClientGone
+from server.api.strict import ApiModel
 from server.metrics import Metrics
 
 router = APIRouter()
