@@ -33,7 +33,7 @@ def test_every_format_learns_from_rounding(slug: str, tiny: Callable) -> None:
 
 
 @pytest.mark.parametrize(
-    ("start", "slug"), [("gptq", "w3g32"), ("gptq", "w2g32z"), ("gptq", "w3g32m"), ("rtn", "w2g32"), ("hqq", "w3g32m")]
+    ("start", "slug"), [("gptq", "w3g32"), ("gptq", "w2g32z"), ("gptq", "w3g32m"), ("rtn", "w2g32z"), ("hqq", "w3g32m")]
 )
 def test_training_begins_at_what_the_start_chooses_and_leaves_the_block_as_it_was(start: str, slug: str, tiny: Callable) -> None:
     """With rates next to zero nothing moves: both blocks are the start's, the second from the streams that the first left."""
