@@ -141,8 +141,9 @@ class Driver:
                 told.append(outcome)
             else:
                 self.scheduler.advance(work)
-                told += generations[work.sequence.call].take(outcome) if work.samples else []
-                if work.samples and not isinstance(told[-1], Finished):
+                samples = work.samples  # of the sequence as the step found it
+                told += generations[work.sequence.call].take(outcome) if samples else []
+                if samples and not isinstance(told[-1], Finished):
                     self.scheduler.confirm(work, max(0, len(outcome) - 1))
                 self.right += max(0, len(outcome) - 1)
             if told and isinstance(told[-1], Finished | PrecisError):
@@ -332,6 +333,28 @@ def test_drafts_change_no_greedy_token(runner: Runner, prompts: list[tuple[int, 
             assert tokens_of(events) == expected[index]
             assert last.completion_tokens == len(expected[index])
         assert driver.right > len(chosen), "drafts are of use"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 3, 8, 16, 24])
+@pytest.mark.parametrize("step_tokens", [512, 24], ids=["whole", "pieces"])
+@pytest.mark.parametrize("blocks", [500, 24], ids=["roomy", "tight"])
+@pytest.mark.parametrize("drafts", [False, True], ids=["plain", "drafts"])
+def test_every_combination_gives_the_tokens_of_generate(
+    size: int, step_tokens: int, blocks: int, drafts: bool, runner: Runner, prompts: list[tuple[int, ...]], expected: list[list[int]]
+) -> None:
+    """Batch sizes, pieces of prompts, sequences that are pushed out and drafts with each other; then once more, over found prefixes."""
+    chosen = [index for index, ids in enumerate(prompts) if len(ids) + COUNT <= blocks * 16][:: 5 if size == 1 else 1]
+    driver = Driver(runner, blocks=blocks, sequences=size, step_tokens=step_tokens, mixed_tokens=step_tokens // 2)
+    driver.scheduler._guess = 0.0  # admission foresees nothing
+    if drafts:
+        driver.drafter = guesser({prompts[index]: expected[index] for index in chosen}, seed=size)
+    for _ in range(2):
+        for index, events in zip(chosen, driver.run([request_of(prompts[index]) for index in chosen]), strict=True):
+            finished(events)
+            assert tokens_of(events) == expected[index], PROMPTS[index]
+    assert driver.right > 0 or not drafts or step_tokens == size
+    assert driver.scheduler.preemptions > 0 or blocks > 24 or size < 16 or step_tokens < 512
 
 
 def test_drafts_change_no_sampled_token_and_no_logprob(runner: Runner, prompts: list[tuple[int, ...]]) -> None:
