@@ -190,7 +190,8 @@ def test_sums_of_segments_compile() -> None:
 @pytest.mark.usefixtures("fresh_cache")
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("width", [64, 256])
-def test_attention_compiles(width: int, capability: int) -> None:
+@pytest.mark.parametrize("in_bytes", [False, True])
+def test_attention_compiles(in_bytes: bool, width: int, capability: int) -> None:
     import triton.language as tl
 
     from quantizers.kernels.cuda import paged_decode
@@ -202,5 +203,7 @@ def test_attention_compiles(width: int, capability: int) -> None:
     assert len(compiled(paged_decode.join_kernel, capability, arguments, constants, 4, 1)["cubin"]) > 0
     constants |= {"KV_HEADS": 8, "SHARED": 4, "KEY_DIM": width, "BLOCK": 16, "CAPPED": True, "OPERAND": tl.bfloat16}
     constants |= {"HEADS": 16, "KEY_PART": width, "STEP": 64}
-    code = compiled(paged_decode.attend_kernel, capability, arguments, constants, 4, 2)
+    cached = {"keys": "*i8", "values": "*i8"} if in_bytes else {}
+    arguments |= {"key_scales": "*fp32", "value_scales": "*fp32", **cached}
+    code = compiled(paged_decode.attend_kernel, capability, arguments, {**constants, "SCALED": in_bytes}, 4, 2)
     assert "mma" in code["ptx"], "products run on the tensor cores"
