@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 RANGES = {2: (1.0, 0.9, 0.8), 3: (1.0, 0.9), 4: (1.0,), 8: (1.0,)}
 _LEAST_SHARE = 1e-3  # of the mean square of a column: a column of zeros must not decide over its whole group
 _SMALLEST = 2.0**-24  # fp16's smallest number, as the step of a group whose weights are all the same
-_WEIGHTS = 1 << 21  # solved at once: some tens of megabytes of scratch space
+_WEIGHTS = 1 << 18  # solved at once: they and what is made of them stay near the caches
 
 
 class Hqq(Method):

@@ -78,8 +78,8 @@ def test_padding_changes_neither_logits_nor_cache(model: PreTrainedModel) -> Non
     for rows in ((0,), (2, 1), (0, 1, 2), (1,)):
         torch.testing.assert_close(padded.forward(decodes(rows)), plain.forward(decodes(rows)), rtol=0, atol=1e-5)
     for ours, theirs in zip(padded._layers.values(), plain._layers.values(), strict=True):
-        torch.testing.assert_close(ours.keys, theirs.keys, rtol=0, atol=1e-5)
-        torch.testing.assert_close(ours.values, theirs.values, rtol=0, atol=1e-5)
+        torch.testing.assert_close(ours.keys.numbers, theirs.keys.numbers, rtol=0, atol=1e-5)
+        torch.testing.assert_close(ours.values.numbers, theirs.values.numbers, rtol=0, atol=1e-5)
 
 
 def test_what_no_sequence_wrote_reaches_nobody(model: PreTrainedModel) -> None:
@@ -87,8 +87,8 @@ def test_what_no_sequence_wrote_reaches_nobody(model: PreTrainedModel) -> None:
     executor = HfExecutor(model, model.config, call_again)
     executor.allocate(16)
     for layer in executor._layers.values():
-        layer.keys.fill_(float("nan"))
-        layer.values.fill_(float("nan"))
+        layer.keys.numbers.fill_(float("nan"))
+        layer.values.numbers.fill_(float("nan"))
     executor.forward(prompts())
     assert torch.equal(executor.forward(decodes()), clean)
 
