@@ -32,7 +32,7 @@ _PROCESS = 24 << 20
 # What training keeps of a token: a layer's input in bf16 and what made it, its output; logits, both distributions, gradients.
 _KEPT_OF_INPUTS, _KEPT_OF_OUTPUTS, _LOGITS = 1.5, 1.0, 5
 _ATTENTION = 8  # tensors of the hidden width that live at once inside of it
-_KEPT = 4  # such tensors of a stream that the heap still holds after it ran through a block, where they are small
+_KEPT = 12  # such tensors of a stream that the heap still holds after it ran through a block, where they are small
 
 
 @dataclass(frozen=True)
