@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from quantizers.errors import UnsupportedScheme
-from quantizers.methods.base import FP32_BYTES, METHODS, LayerGroups, Method, Stream
+from quantizers.methods.base import FP32_BYTES, METHODS, LayerGroups, Method, Stream, training_bytes
 from quantizers.scheme import IntegerScheme, LayerScheme
 
 if TYPE_CHECKING:
@@ -62,9 +62,7 @@ class EfficientQat(Method):
         return METHODS[self.start](name=self.start).held_bytes(groups)
 
     def scratch_bytes(self, groups: LayerGroups) -> int:
-        """While a block trains: weights that learn, their gradients, both moments and two copies in the making, and what they begin at."""
-        training = 7 * FP32_BYTES * sum(rows * columns for group in groups for rows, columns in group) if self.epochs else 0
-        return max(training, METHODS[self.start](name=self.start).scratch_bytes(groups))
+        return max(training_bytes(groups) if self.epochs else 0, METHODS[self.start](name=self.start).scratch_bytes(groups))
 
     def has_finish(self) -> bool:
         return self.end_epochs > 0

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from quantizers.errors import UnsupportedScheme
-from quantizers.methods.base import FP32_BYTES, LayerGroups, Method, Stream
+from quantizers.methods.base import LayerGroups, Method, Stream, training_bytes
 from quantizers.scheme import IntegerScheme, LayerScheme
 
 if TYPE_CHECKING:
@@ -38,8 +38,7 @@ class ZeroQuant(Method):
             )
 
     def scratch_bytes(self, groups: LayerGroups) -> int:
-        """Weights that learn, their gradients, both moments, two copies in the making, and what they begin at."""
-        return 7 * FP32_BYTES * sum(rows * columns for group in groups for rows, columns in group)
+        return training_bytes(groups)
 
     def for_trial(self) -> "ZeroQuant":
         return self.model_copy(update={"steps": 1})

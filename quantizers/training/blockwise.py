@@ -6,8 +6,7 @@ whether training was worth it.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from quantizers.block import Block, BlockLoss
 from quantizers.flow import Chunk
-from quantizers.training.learned import SMALLEST_SCALE, Computes, LearnedWeight, Rounded, forward_with
+from quantizers.training.learned import SMALLEST_SCALE, LearnedWeight, Rounded, computing_with
 from quantizers.training.trainer import ParameterGroup, Plan, train
 from quantizers.weights import QuantizedWeight
 
@@ -46,7 +45,7 @@ def reconstruct(
 
     def loss_of(number: int) -> Tensor:
         chunk = drawn(taught, number)
-        with computing_with(block, learned):
+        with computing_with(block.layers, learned):
             return relative_error(block.run_chunk(chunk, inputs[chunk.samples]), expected[chunk.samples], chunk)
 
     directory = block.training.directory
@@ -121,19 +120,7 @@ def block_error(block: Block, weights: Mapping[str, QuantizedWeight], inputs: Te
     """The same over `chunks`, with weights rounded for good."""
     rounded = {name: Rounded(weight) for name, weight in weights.items()}
     total = 0.0
-    with torch.no_grad(), computing_with(block, rounded):
+    with torch.no_grad(), computing_with(block.layers, rounded):
         for chunk in chunks:
             total += float(relative_error(block.run_chunk(chunk, inputs[chunk.samples]), expected[chunk.samples], chunk))
     return total / len(chunks)
-
-
-@contextmanager
-def computing_with(block: Block, weights: Mapping[str, Computes]) -> Iterator[None]:
-    """Meanwhile the block's layers compute with `weights`."""
-    for name, weight in weights.items():
-        block.layers[name].forward = forward_with(weight, block.layers[name])
-    try:
-        yield
-    finally:
-        for name in weights:
-            del block.layers[name].forward

@@ -5,8 +5,9 @@ beyond the range of the codes gets no gradient, and the scale and the zero get o
 EfficientQAT, Chen et al. 2024, arXiv 2407.11062, section 3.2).
 """
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,29 @@ def forward_with(weight: Computes, layer: nn.Module) -> Callable[[Tensor], Tenso
         return result if bias is None else result + bias
 
     return forward
+
+
+@contextmanager
+def running(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Meanwhile `module` runs `forward`."""
+    before = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
+
+
+@contextmanager
+def computing_with(layers: Mapping[str, nn.Module], weights: Mapping[str, Computes]) -> Iterator[None]:
+    """Meanwhile the `layers` that have a weight in `weights` compute with it."""
+    with ExitStack() as stack:
+        for name, weight in weights.items():
+            stack.enter_context(running(layers[name], forward_with(weight, layers[name])))
+        yield
 
 
 class Rounded:

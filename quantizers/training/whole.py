@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from quantizers.block import BlockLoss, Training
 from quantizers.flow import Chunk
 from quantizers.training.blockwise import drawn, measured, split
-from quantizers.training.learned import Computes, Rounded, forward_with
+from quantizers.training.learned import Computes, Rounded, computing_with, running
 from quantizers.training.trainer import ParameterGroup, Plan, train
 from quantizers.weights import QuantizedWeight
 
@@ -61,6 +61,11 @@ class Whole:
     in_tuple: bool
     training: Training
 
+    @property
+    def layers(self) -> dict[str, nn.Module]:
+        """The quantized ones, by full name."""
+        return {name: self.model.get_submodule(name) for name in self.weights}
+
     def logits(self, chunk: Chunk) -> Tensor:
         """Of the model as it is, fp32 [tokens without padding, vocabulary]."""
         rows = chunk.samples
@@ -78,7 +83,7 @@ class Whole:
         """Logarithms of the checkpoint's probabilities, of that shape."""
         with torch.no_grad(), ExitStack() as stack:
             for block in self.blocks:
-                stack.enter_context(_running(block, _passing(self.hidden[chunk.samples], self.in_tuple)))
+                stack.enter_context(running(block, _passing(self.hidden[chunk.samples], self.in_tuple)))
             return torch.log_softmax(self.logits(chunk), -1)
 
     @contextmanager
@@ -88,7 +93,7 @@ class Whole:
         """
         with ExitStack() as stack:
             for block in self.blocks:
-                stack.enter_context(_running(block, partial(_recomputed, block.forward)))
+                stack.enter_context(running(block, partial(_recomputed, block.forward)))
             yield
 
 
@@ -96,20 +101,6 @@ def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(partial(forward, **kwargs), *args, use_reentrant=False, preserve_rng_state=False)
-
-
-@contextmanager
-def _running(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Meanwhile `module` runs `forward`."""
-    before = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.forward
-        else:
-            module.forward = before
 
 
 def _passing(hidden: Tensor, in_tuple: bool) -> Callable[..., Any]:
@@ -130,7 +121,7 @@ def distil(
     before, held_before = _measure(whole, whole.weights, parts, labels)
     plan = Plan(steps=epochs * len(taught), warmup=0.05)
     directory = whole.training.directory
-    with computing_with(whole.model, learning), whole.recomputing():
+    with computing_with(whole.layers, learning), whole.recomputing():
         train(
             groups,
             lambda number: divergence(whole, drawn(taught, number), labels),
@@ -158,7 +149,7 @@ def divergence(whole: Whole, chunk: Chunk, labels: float = 0) -> Tensor:
 def _measure(whole: Whole, weights: Mapping[str, QuantizedWeight], parts: Sequence[Sequence[Chunk]], labels: float) -> list[float]:
     """The same over each of `parts`, with weights rounded for good."""
     rounded = {name: Rounded(weight) for name, weight in weights.items()}
-    with torch.no_grad(), computing_with(whole.model, rounded):
+    with torch.no_grad(), computing_with(whole.layers, rounded):
         return [sum(float(divergence(whole, chunk, labels)) for chunk in part) / len(part) for part in parts]
 
 
@@ -166,13 +157,3 @@ def _identity(whole: Whole, groups: Sequence[ParameterGroup], labels: float) -> 
     """Of what the losses are made from: the tokens, what the checkpoint makes of them, and where training starts."""
     tensors = [whole.tokens, whole.hidden, *(leaf.detach() for group in groups for leaf in group.parameters.values())]
     return json.dumps([labels, *(float(tensor.sum(dtype=torch.float64)) for tensor in tensors)])
-
-
-@contextmanager
-def computing_with(model: nn.Module, weights: Mapping[str, Computes]) -> Iterator[None]:
-    """Meanwhile the model's layers of these names compute with `weights`."""
-    with ExitStack() as stack:
-        for name, weight in weights.items():
-            layer = model.get_submodule(name)
-            stack.enter_context(_running(layer, forward_with(weight, layer)))
-        yield

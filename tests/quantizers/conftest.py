@@ -33,6 +33,8 @@ from transformers.core_model_loading import revert_weight_conversion
 from model_store.formats.safetensors import SafetensorsSource
 from quantizers.calibration import Calibration
 from quantizers.experts import take_apart
+from quantizers.pipeline import Progress, quantize
+from quantizers.recipe import Recipe
 from quantizers.tensors import TensorSource
 
 
@@ -150,3 +152,34 @@ def calibration_tokens(samples: int = 8, length: int = 24, *, padded: bool = Fal
     if padded:
         mask[1, length // 2 :] = 0
     return Calibration(tokens, mask, "random", "0" * 64)
+
+
+class Killed(Exception):
+    """What ends a run from outside."""
+
+
+def killed_and_resumed(
+    config: PretrainedConfig,
+    checkpoint: MemoryTensors,
+    recipe: Recipe,
+    calibration: Calibration,
+    folder: Path,
+    at: Callable[[Progress], bool],
+) -> tuple[MemoryTensors, list[int]]:
+    """A run that is killed in a training step that is `at`, and goes on in another, ends in the numbers of one that was left alone.
+
+    Returns what the killed one had written, and the training steps of the one that went on.
+    """
+    whole, untouched, rest = MemoryTensors(), MemoryTensors(), MemoryTensors()
+    quantize(config, checkpoint, recipe, whole.__setitem__, calibration=calibration)
+
+    def until(progress: Progress) -> None:
+        if progress.stage == "train" and at(progress):
+            raise Killed
+
+    with pytest.raises(Killed):
+        quantize(config, checkpoint, recipe, untouched.__setitem__, calibration=calibration, checkpoints=folder, progress=until)
+    steps: list[Progress] = []
+    quantize(config, checkpoint, recipe, rest.__setitem__, calibration=calibration, checkpoints=folder, progress=steps.append)
+    assert all(torch.equal(whole[name], rest[name]) for name in whole)
+    return untouched, [progress.done for progress in steps if progress.stage == "train"]

@@ -10,11 +10,11 @@ from torch import Tensor
 from quantizers.errors import QuantizationFailed, UnknownRecipe, UnsupportedScheme
 from quantizers.methods.efficientqat import EfficientQat
 from quantizers.model import load_model
-from quantizers.pipeline import Progress, quantize
+from quantizers.pipeline import quantize
 from quantizers.recipe import Recipe, parse_recipe
 from quantizers.scheme import parse_scheme
 from quantizers.shared import SharedTensors
-from tests.quantizers.conftest import DECODERS, MemoryTensors, calibration_tokens
+from tests.quantizers.conftest import DECODERS, MemoryTensors, calibration_tokens, killed_and_resumed
 from tests.quantizers.test_gptq import with_weights
 
 FAST = {"weight_rate": 0.01, "grid_rate": 0.01, "end_epochs": 0}
@@ -47,25 +47,11 @@ def test_training_begins_at_what_the_start_chooses_and_leaves_the_block_as_it_wa
     assert min(same) > 0.99  # packed bytes; sums in another order may move a code
 
 
-class Killed(Exception):
-    pass
-
-
 def test_a_killed_job_goes_on_and_ends_in_the_same_numbers(tiny: Callable, tmp_path: Path) -> None:
     model, checkpoint = tiny("llama")
-    given = {"calibration": calibration_tokens(12, 24)}
     recipe = recipe_of("w2g32z", epochs=60, **FAST)
-    whole, rest = MemoryTensors(), MemoryTensors()
-    quantize(model.config, checkpoint, recipe, whole.__setitem__, **given)
-
-    def until(progress: Progress) -> None:
-        if progress.stage == "train" and progress.done == 115:  # step 55 of the second block
-            raise Killed
-
-    with pytest.raises(Killed):
-        quantize(model.config, checkpoint, recipe, MemoryTensors().__setitem__, **given, checkpoints=tmp_path, progress=until)
-    quantize(model.config, checkpoint, recipe, rest.__setitem__, **given, checkpoints=tmp_path)
-    assert all(torch.equal(whole[name], rest[name]) for name in whole)
+    at = lambda progress: progress.done == 115  # noqa: E731  step 55 of the second block
+    killed_and_resumed(model.config, checkpoint, recipe, calibration_tokens(12, 24), tmp_path, at)
 
 
 @pytest.mark.parametrize("family", DECODERS)
@@ -118,23 +104,12 @@ def test_integers_and_zeros_stay_while_scales_learn(tiny: Callable) -> None:
 
 def test_a_job_killed_while_it_trains_as_a_whole_goes_on(tiny: Callable, tmp_path: Path) -> None:
     model, checkpoint = tiny("llama")
-    given = {"calibration": calibration_tokens(8, 24, padded=True)}
+    calibration = calibration_tokens(8, 24, padded=True)
     recipe = recipe_of("w3g32z", epochs=3, end_epochs=60, end_rate=0.01)
-    whole, rest = MemoryTensors(), MemoryTensors()
-    quantize(model.config, checkpoint, recipe, whole.__setitem__, **given)
-
-    def until(progress: Progress) -> None:
-        if progress.stage == "train" and progress.total == 60 and progress.done == 57:
-            raise Killed
-
-    untouched = MemoryTensors()
-    with pytest.raises(Killed):
-        quantize(model.config, checkpoint, recipe, untouched.__setitem__, **given, checkpoints=tmp_path, progress=until)
+    at = lambda progress: progress.total == 60 and progress.done == 57  # noqa: E731
+    untouched, steps = killed_and_resumed(model.config, checkpoint, recipe, calibration, tmp_path, at)
     assert not untouched, "nothing is written before the whole is done"
-    steps: list[Progress] = []
-    quantize(model.config, checkpoint, recipe, rest.__setitem__, **given, checkpoints=tmp_path, progress=steps.append)
-    assert [progress.done for progress in steps if progress.stage == "train"] == list(range(51, 61))
-    assert all(torch.equal(whole[name], rest[name]) for name in whole)
+    assert steps == list(range(51, 61))
 
 
 @pytest.mark.parametrize("family", DECODERS)

@@ -9,11 +9,11 @@ import torch
 from quantizers.errors import QuantizationFailed, UnknownRecipe, UnsupportedScheme
 from quantizers.methods.llm_qat import LlmQat
 from quantizers.model import load_reference
-from quantizers.pipeline import Progress, quantize
+from quantizers.pipeline import quantize
 from quantizers.recipe import Recipe, parse_recipe
 from quantizers.scheme import parse_scheme
 from quantizers.shared import SharedTensors
-from tests.quantizers.conftest import DECODERS, MemoryTensors, calibration_tokens
+from tests.quantizers.conftest import DECODERS, MemoryTensors, calibration_tokens, killed_and_resumed
 from tests.quantizers.test_efficientqat import divergence
 from tests.quantizers.test_gptq import with_weights
 
@@ -70,30 +70,14 @@ def test_a_few_samples_are_learnt_by_heart(tiny: Callable) -> None:
     assert result.trained[0].kept and result.trained[0].after < 0.1 * result.trained[0].before
 
 
-class Killed(Exception):
-    pass
-
-
 @pytest.mark.parametrize("options", [{}, {"lora_rank": 4, "labels": 0.5}])
 def test_a_killed_job_goes_on_and_ends_in_the_same_numbers(options: dict, tiny: Callable, tmp_path: Path) -> None:
     model, checkpoint = tiny("llama")
-    given = {"calibration": calibration_tokens(8, 24, padded=True)}
+    calibration = calibration_tokens(8, 24, padded=True)
     recipe = recipe_of("w3g32a8", epochs=60, **options)
-    whole, rest = MemoryTensors(), MemoryTensors()
-    quantize(model.config, checkpoint, recipe, whole.__setitem__, **given)
-
-    def until(progress: Progress) -> None:
-        if progress.stage == "train" and progress.done == 57:
-            raise Killed
-
-    untouched = MemoryTensors()
-    with pytest.raises(Killed):
-        quantize(model.config, checkpoint, recipe, untouched.__setitem__, **given, checkpoints=tmp_path, progress=until)
+    untouched, steps = killed_and_resumed(model.config, checkpoint, recipe, calibration, tmp_path, lambda progress: progress.done == 57)
     assert not untouched, "nothing is written before training is done"
-    steps: list[Progress] = []
-    quantize(model.config, checkpoint, recipe, rest.__setitem__, **given, checkpoints=tmp_path, progress=steps.append)
-    assert [progress.done for progress in steps if progress.stage == "train"] == list(range(51, 61))
-    assert all(torch.equal(whole[name], rest[name]) for name in whole)
+    assert steps == list(range(51, 61))
 
 
 @pytest.mark.parametrize("family", DECODERS)

@@ -12,7 +12,7 @@ from quantizers.methods.zeroquant import ZeroQuant
 from quantizers.pipeline import Progress, quantize
 from quantizers.recipe import Recipe, parse_recipe
 from quantizers.scheme import IntegerScheme, parse_scheme
-from tests.quantizers.conftest import DECODERS, MemoryTensors, calibration_tokens
+from tests.quantizers.conftest import DECODERS, MemoryTensors, calibration_tokens, killed_and_resumed
 
 SAMPLES = 32
 FORMAT = "w3g32a8"
@@ -57,27 +57,12 @@ def test_a_block_that_training_made_worse_keeps_its_rounded_weights(tiny: Callab
         assert all(torch.equal(sink[f"{layer.name}.{name}"], tensor) for name, tensor in rounded.tensors.items())
 
 
-class Killed(Exception):
-    pass
-
-
 def test_a_killed_job_goes_on_and_ends_in_the_same_numbers(tiny: Callable, tmp_path: Path) -> None:
     model, checkpoint = tiny("llama")
-    given = {"calibration": calibration_tokens()}
     recipe = recipe_of(learning_rate=0.01, steps=60)
-    whole, rest = MemoryTensors(), MemoryTensors()
-    quantize(model.config, checkpoint, recipe, whole.__setitem__, **given)
-
-    def until(progress: Progress) -> None:
-        if progress.stage == "train" and progress.done == 112:  # step 52 of the second block
-            raise Killed
-
-    with pytest.raises(Killed):
-        quantize(model.config, checkpoint, recipe, MemoryTensors().__setitem__, **given, checkpoints=tmp_path, progress=until)
-    steps: list[Progress] = []
-    quantize(model.config, checkpoint, recipe, rest.__setitem__, **given, checkpoints=tmp_path, progress=steps.append)
-    assert [progress.done for progress in steps if progress.stage == "train"] == list(range(111, 121))
-    assert all(torch.equal(whole[name], rest[name]) for name in whole)
+    at = lambda progress: progress.done == 112  # noqa: E731  step 52 of the second block
+    _, steps = killed_and_resumed(model.config, checkpoint, recipe, calibration_tokens(), tmp_path, at)
+    assert steps == list(range(111, 121))
 
 
 @pytest.mark.parametrize("family", DECODERS)
