@@ -12,7 +12,7 @@ from quantizers.kernels.cpu import library
 from quantizers.kernels.cpu.step import BLOCK_SIZE, NativeStep
 from quantizers.kernels.kv_cache import Plane, quantize_heads
 from tests.quantizers.test_native_linear import restore  # noqa: F401  after every test here too
-from tests.quantizers.test_native_step import Cache, expected, kl, small, text
+from tests.quantizers.test_native_step import Cache, check_that_no_bit_changes, expected, kl, small, text
 
 native = pytest.mark.skipif(library.missing() is not None, reason=f"native kernels are {library.missing()}")
 
@@ -105,18 +105,7 @@ def test_the_native_cache_computes_what_is_defined(name: str) -> None:
 def test_chunks_threads_and_instruction_sets_change_no_bit(name: str) -> None:
     model = small(name, torch.bfloat16)
     ids = text(model, 150)
-    whole = ByteCache(model).feed(ids)
-    best = library.instruction_set()
-    for isa, threads, sizes in ((best, 2, (1,) * 150), (best, 3, (64, 1, 37, 48)), ("scalar", 2, (7, 143)), ("avx2", 1, (149, 1))):
-        if isa == "avx2" and best == "scalar":
-            continue
-        library.select_instruction_set(isa)
-        torch.set_num_threads(threads)
-        cache, start, parts = ByteCache(model), 0, []
-        for size in sizes:
-            parts.append(cache.feed(ids[start : start + size], start=start))
-            start += size
-        assert torch.equal(torch.cat(parts), whole), (isa, threads, sizes)
+    check_that_no_bit_changes(lambda: ByteCache(model), ids)
 
 
 @native

@@ -1,6 +1,7 @@
 """The fused step against transformers, and against itself in other company: alone, in a batch, in chunks, on other threads."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -171,13 +172,9 @@ def test_logits_are_transformers_in_fp32(name: str) -> None:
     assert cache.step.cache_dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_chunks_threads_and_instruction_sets_change_no_bit(name: str, dtype: torch.dtype) -> None:
-    model = small(name, dtype)
-    ids = text(model, 150)
-    torch.set_num_threads(2)  # each takes a part of the prompt's tokens
-    whole = Cache(model).feed(ids)
+def check_that_no_bit_changes(make: Callable[[], Cache], ids: list[int]) -> None:
+    """150 tokens at once, and in pieces of several sizes by several numbers of threads and instruction sets."""
+    whole = make().feed(ids)
     best = library.instruction_set()
     for isa, threads, sizes in (
         (best, 1, (150,)),
@@ -191,11 +188,20 @@ def test_chunks_threads_and_instruction_sets_change_no_bit(name: str, dtype: tor
             continue
         library.select_instruction_set(isa)
         torch.set_num_threads(threads)
-        cache, start, parts = Cache(model), 0, []
+        cache, start, parts = make(), 0, []
         for size in sizes:
             parts.append(cache.feed(ids[start : start + size], start=start))
             start += size
         assert torch.equal(torch.cat(parts), whole), (isa, threads, sizes)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_chunks_threads_and_instruction_sets_change_no_bit(name: str, dtype: torch.dtype) -> None:
+    model = small(name, dtype)
+    ids = text(model, 150)
+    torch.set_num_threads(2)  # each takes a part of the prompt's tokens
+    check_that_no_bit_changes(lambda: Cache(model), ids)
 
 
 @pytest.mark.parametrize(
