@@ -91,10 +91,11 @@ class StepCost:
             del self._seconds[rows], self._newest[rows]
 
 
-def worthwhile(right: float, most: int, sequences: int, cost: StepCost) -> int:
+def worthwhile(right: float, most: int, sequences: int, cost: StepCost, drafting: float = 0.0) -> int:
     """How many tokens ahead to draft, at most `most`, where each is right with the probability `right` if all before it were.
 
     Those with which most tokens come out in a second, `sequences` sequences drafting alike; none where it is not clear that it pays.
+    `cost` is that of the steps that verify; each token ahead takes `drafting` seconds to draft.
     """
     plain = cost.seconds(sequences)
     if plain is None:
@@ -104,8 +105,9 @@ def worthwhile(right: float, most: int, sequences: int, cost: StepCost) -> int:
     for length in range(1, most + 1):
         probability *= right
         tokens += probability
-        seconds = cost.seconds(sequences * (1 + length))
-        assert seconds is not None, "one size was measured"
+        verifying = cost.seconds(sequences * (1 + length))
+        assert verifying is not None, "one size was measured"
+        seconds = verifying + length * drafting
         gain = tokens * plain / seconds if seconds > 0 else 0.0
         if gain > best_gain:
             best, best_gain = length, gain

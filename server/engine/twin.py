@@ -15,14 +15,13 @@ from server.engine.blocks import BlockPool, BlockTable, OutOfBlocks
 from server.engine.executor import Chunk, Executor, ragged_batch
 from server.engine.generation import Generation
 from server.engine.sampler import guess
-from server.engine.speculation import StepCost
+from server.engine.speculation import StepCost, worthwhile
 
 MOST_DRAFTED = 5  # tokens a step; the twin computes each with a step of its own
 _READ_TOKENS = 256  # of texts that the twin has not seen yet, a step: as much as is read beside running streams, about
 _PRIOR = 0.7  # share of right drafts before any was verified
 _MEMORY = 0.02  # weight of the newest draft of any sequence
 _FIRST_RETRY, _LAST_RETRY = 64, 1024  # steps after which drafting is tried again where it did not pay, twice as many each time
-_MARGIN = 1.05  # drafts must promise this many times the tokens a second that come without
 _TWIN_STEP = 0.5  # of a step, that one of the twin takes, before either was measured
 
 
@@ -70,15 +69,7 @@ class Twin:
         if plain is None:
             return 0
         drafting = self._cost.seconds(sequences)
-        best, best_rate = 0, _MARGIN / plain
-        tokens = probability = 1.0
-        for length in range(1, MOST_DRAFTED + 1):
-            probability *= self._right
-            tokens += probability
-            verifying = cost.seconds(sequences * (1 + length)) or plain
-            rate = tokens / (verifying + length * (_TWIN_STEP * plain if drafting is None else drafting))
-            if rate > best_rate:
-                best, best_rate = length, rate
+        best = worthwhile(self._right, MOST_DRAFTED, sequences, cost, _TWIN_STEP * plain if drafting is None else drafting)
         if best:
             self._waited, self._patience = 0, _FIRST_RETRY
             return best

@@ -446,7 +446,7 @@ def test_a_twin_drafts_and_changes_no_token(specs: dict[str, VariantSpec], tempe
 
     It knows no logit_bias, so it also guesses tokens that make the model raise or compute what is no number, which must hurt nobody.
     """
-    monkeypatch.setattr("server.engine.twin._MARGIN", 0.0)  # it always pays: how long steps of so small a model take is chance
+    monkeypatch.setattr("server.engine.speculation._MARGIN", 0.0)  # it always pays: how long steps of so small a model take is chance
     told = []
     free = {POISON: -100.0, NAN: -100.0}
     for twin in (None, "bf16"):
