@@ -80,6 +80,20 @@ def test_a_gpu_computes_what_the_reference_does(slug: str, tokens: int) -> None:
     assert ((y - expected).norm() / expected.norm()).item() < 4e-3  # two roundings of the result to bf16
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("slug", ["w2g64", "w3g64z", "w4g32m", "w4g64", "w8g32", "w8", "nf4", "w8a8"])
+def test_on_a_gpu_a_row_is_the_same_in_any_batch(slug: str) -> None:
+    device = torch.device("cuda")
+    scheme = parse_scheme(slug)
+    kernel = select(LayerKind(scheme, 1030, 1536, torch.bfloat16, device))  # type: ignore[arg-type]
+    buffers = kernel.prepare(random_weight(scheme, 1030, 1536).to(device))  # type: ignore[arg-type]
+    x = torch.randn(300, 1536, device=device, dtype=torch.bfloat16)
+    whole = kernel.run(x, buffers, None)
+    for tokens in (1, 5, 17, 64, 200):
+        assert torch.equal(kernel.run(x[:tokens], buffers, None), whole[:tokens]), tokens
+
+
 def compiled(kernel: Any, capability: int, arguments: dict[str, str], constants: dict[str, Any], warps: int, stages: int) -> dict[str, Any]:
     """PTX and cubin of `kernel` for a device that need not be there; pointers and sizes as multiples of 16, as in a real model."""
     import triton

@@ -79,6 +79,7 @@ def test_training_says_its_loss_and_a_cancelled_job_leaves_nothing(server: Any, 
     shown = {"samples": 4, "length": 32}
     job = server.http.post("/v1/quantize/jobs", json={"model": small, "recipe": slug, "calibration": shown}).json()
     folder = server.store.training(small, slug)
+    server.wait_for(lambda: any("loss" in event.data for event in server.store.jobs.events_since(job["id"])), 120)
     server.wait_for(lambda: folder.exists() and any(folder.iterdir()), 120)
     assert server.http.post(f"/v1/quantize/jobs/{job['id']}/cancel").json()["state"] == "cancelled"
     server.wait_for(lambda: not folder.exists(), 30)
