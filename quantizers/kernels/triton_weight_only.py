@@ -1,6 +1,7 @@
 """Our Triton products behind the registry: integers of 2, 3, 4 and 8 bits, and the 16 codes of NF4 and FP4, with bf16 or fp16 inputs.
 
-The weight that is multiplied is the reference's to the bit: made in fp32, rounded to the input's dtype. Sums are in fp32.
+Integers are multiplied as they are and scales applied to fp32 sums, so the weight is not rounded to the inputs' dtype, as the
+reference's is; the 16 numbers of a code book are.
 """
 
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from quantizers.kernels.base import Kernel, LayerKind
 from quantizers.kernels.cuda import layout
 from quantizers.packing import unpack
 from quantizers.scheme import BNB_BLOCK, BnbScheme, IntegerScheme
-from quantizers.weights import QuantizedWeight, Spec, block_absmax, groups, is_plain_int8, table
+from quantizers.weights import FP4_TABLE, NF4_TABLE, QuantizedWeight, Spec, block_absmax, groups, is_plain_int8
 
 _DTYPES = (torch.bfloat16, torch.float16)
 _WIDTHS = (2, 3, 4, 8)
@@ -125,7 +126,8 @@ class TritonCodeBook(Kernel):
             low=buffers["low"],
             high=None,
             scale=buffers["absmax"],
-            zero=table(self._scheme.format, x.device),
+            zero=None,
+            book=NF4_TABLE if self._scheme.format == "nf4" else FP4_TABLE,
         )
         return _product(x, prepared, bias)
 

@@ -18,6 +18,7 @@ from random_weights import random_weight
 from quantizers.kernels import KERNELS, LayerKind, cuda, select
 from quantizers.kernels.cuda import layout
 from quantizers.scheme import parse_scheme
+from quantizers.weights import NF4_TABLE
 
 ROOT = Path(__file__).parents[2]
 has_triton = pytest.mark.skipif(
@@ -128,16 +129,18 @@ SOME = [(2, 0, 64), (3, 1, 64), (4, 0, 128), (4, 2, 32), (8, 0, 0), (4, 3, 64)]
 def test_products_compile(form: tuple[int, int, int], capability: int) -> None:
     import triton.language as tl
 
-    from quantizers.kernels.cuda import weight_only
+    from quantizers.kernels.cuda import numbers, weight_only
 
     bits, zero, group = form
-    kinds = {layout.POINT: "*u8", layout.MINIMUM: "*fp16", layout.TABLE: "*fp32"}
+    kinds = {layout.POINT: "*u8", layout.MINIMUM: "*fp16"}
     for tokens, split, operand in ((1, True, tl.bfloat16), (512, False, tl.float16)):
         tile = weight_only.tile_for(tokens)
         inputs = "*bf16" if operand == tl.bfloat16 else "*fp16"
         constants = {"BITS": bits, "ZERO": zero, "GROUP": group, "SEGMENTS": 4, "SPLIT": split, "OPERAND": operand}
-        constants |= {"ROWS": tile.rows, "TOKENS": tile.tokens}
-        constants |= dict.fromkeys([*(["high"] if bits != 3 else []), *([] if zero else ["zero"]), *(["bias"] if split else [])])
+        dtype = torch.bfloat16 if operand == tl.bfloat16 else torch.float16
+        ptx = numbers.book(NF4_TABLE, dtype) if zero == layout.TABLE else numbers.integers(bits, dtype)
+        constants |= {"ROWS": tile.rows, "TOKENS": tile.tokens, "NUMBERS": ptx, "BASE": numbers.base(bits, dtype)}
+        constants |= dict.fromkeys([*(["high"] if bits != 3 else []), *([] if zero in kinds else ["zero"]), *(["bias"] if split else [])])
         arguments = {"x": inputs, "low": "*u8", "high": "*u8", "scale": "*fp32" if zero == layout.TABLE else "*fp16"}
         arguments |= {"zero": kinds.get(zero, ""), "bias": inputs, "y": "*fp32" if split else inputs}
         arguments |= dict.fromkeys(("tokens", "rows", "columns", "spans", "groups"), "i32")

@@ -77,4 +77,5 @@ class Weight:
     low: Tensor
     high: Tensor | None
     scale: Tensor  # fp16, or fp32 beside a table, [groups, rows]
-    zero: Tensor | None  # POINT: uint8 [groups, rows]; MINIMUM: fp16 [groups, rows]; TABLE: fp32 [16]
+    zero: Tensor | None  # POINT: uint8 [groups, rows]; MINIMUM: fp16 [groups, rows]
+    book: tuple[float, ...] | None = None  # TABLE: what its 16 codes stand for

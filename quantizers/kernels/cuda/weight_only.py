@@ -1,18 +1,23 @@
 """`y = x @ w.T + bias` in Triton with `w` in 2, 3, 4 or 8 bits: codes become numbers in registers, products run on the tensor cores.
 
 A program makes a tile of y: it walks the spans of its rows (`layout.py` draws them), one product of depth 32 a plane, and sums in fp32.
+Codes are multiplied as integers less their zero points, which bf16 and fp16 hold exactly, and the scale is applied to the sum of a group
+or of a span, whichever is smaller: the weight itself is never rounded, and two codes cost three instructions. Only the numbers of a code
+book are rounded, to the inputs' dtype.
 The spans are cut into segments. Where there are too few tiles to fill the device (a few tokens), each program sums one segment, and a
 second kernel adds the segments; otherwise a program sums all of them, each from zero, and adds them itself. Either way the sums are
 made in one order, which depends on the layer's shape and not on how many tokens there are.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from quantizers.kernels.cuda import numbers
 from quantizers.kernels.cuda.layout import Weight
 
 _PROGRAMS = 256  # about two for each multiprocessor of the larger devices
@@ -59,7 +64,7 @@ def product_kernel(
     low,  # uint8 [spans, rows, 32]
     high,  # uint8 [spans, rows, 16], None unless BITS is 3
     scale,  # fp16 or fp32 [groups, rows]
-    zero,  # POINT: uint8 [groups, rows], MINIMUM: fp16 [groups, rows], TABLE: fp32 [16], otherwise None
+    zero,  # POINT: uint8 [groups, rows], MINIMUM: fp16 [groups, rows], TABLE without NUMBERS: fp32 [16], otherwise None
     bias,  # [rows] or None
     y,  # [tokens, rows]; SPLIT: fp32 [SEGMENTS, tokens, rows], the sums of each segment
     tokens,
@@ -73,6 +78,8 @@ def product_kernel(
     SEGMENTS: tl.constexpr,
     SPLIT: tl.constexpr,
     OPERAND: tl.constexpr,  # dtype of the product's operands: that of x, or fp32 where the interpreter cannot multiply in it
+    NUMBERS: tl.constexpr,  # PTX by plane (`numbers.py`), or None, and then numbers are made one by one
+    BASE: tl.constexpr,  # what they add to a code
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
@@ -93,37 +100,56 @@ def product_kernel(
     total = tl.zeros([ROWS, TOKENS], dtype=tl.float32)
     for segment in range(first_segment, last_segment):
         sums = tl.zeros([ROWS, TOKENS], dtype=tl.float32)
+        products = tl.zeros([ROWS, TOKENS], dtype=tl.float32)  # of codes less their origin, not scaled yet
+        inputs_sum = tl.zeros([TOKENS], dtype=tl.float32)
         for span in range(segment * per_segment, tl.minimum((segment + 1) * per_segment, spans)):
             lines = tl.cast(span, tl.int64) * rows + row  # of a large matrix, more bytes than 32 bits count
-            bytes_ = tl.load(low + lines[:, None] * 32 + inner[None, :], mask=real_row[:, None], other=0).to(tl.int32)
+            bytes_ = tl.load(low + lines[:, None] * 32 + inner[None, :], mask=real_row[:, None], other=0)
             if BITS == 3:
-                thirds = tl.load(high + lines[:, None] * 16 + (inner % 16)[None, :], mask=real_row[:, None], other=0).to(tl.int32)
+                thirds = tl.load(high + lines[:, None] * 16 + (inner % 16)[None, :], mask=real_row[:, None], other=0)
+                thirds = thirds >> (4 * (inner // 16)).to(tl.uint8)[None, :]
             for plane in tl.static_range(PLANES):
                 column = span * SPAN + plane * 32
-                code = (bytes_ >> (plane * LOW)) & ((1 << LOW) - 1)
-                if BITS == 3:
-                    code |= ((thirds >> (plane + PLANES * (inner // 16))[None, :]) & 1) << 2
                 if plane == 0 or (GROUP > 0 and (plane * 32) % GROUP == 0):  # otherwise the group of the plane before
                     group = 0
                     if GROUP > 0:
                         group = tl.minimum(column // GROUP, groups - 1)
                     place = tl.cast(group, tl.int64) * rows + row
-                    step = tl.load(scale + place, mask=real_row, other=0).to(tl.float32)
-                    if ZERO == 1 or ZERO == 2:
-                        origin = tl.load(zero + place, mask=real_row, other=0).to(tl.float32)
-                if ZERO == 3:
-                    weight = tl.load(zero + code) * step[:, None]
-                elif ZERO == 2:
-                    weight = (_number(code) - 8388608.0) * step[:, None] + origin[:, None]
-                elif ZERO == 1:
-                    weight = (_number(code) - (8388608.0 + origin)[:, None]) * step[:, None]
+                    origin = tl.zeros([ROWS], dtype=tl.float32)
+                    if ZERO == 0:
+                        origin += 1 << (BITS - 1)
+                    elif ZERO == 1:
+                        origin += tl.load(zero + place, mask=real_row, other=0).to(tl.float32)
+                if NUMBERS is None:
+                    code = (bytes_.to(tl.int32) >> (plane * LOW)) & ((1 << LOW) - 1)
+                    if BITS == 3:
+                        code |= ((thirds.to(tl.int32) >> plane) & 1) << 2
+                    if ZERO == 3:
+                        weight = tl.load(zero + code).to(x.dtype.element_ty).to(OPERAND)
+                    else:
+                        weight = (_number(code) - (8388608.0 + origin)[:, None]).to(OPERAND)
                 else:
-                    weight = (_number(code) - (8388608.0 + (1 << (BITS - 1)))) * step[:, None]
+                    if BITS == 3:
+                        weight = tl.inline_asm_elementwise(NUMBERS[plane], "=r,=r,r,r", [bytes_, thirds], x.dtype.element_ty, True, 4)
+                    else:
+                        weight = tl.inline_asm_elementwise(NUMBERS[plane], "=r,=r,r", [bytes_], x.dtype.element_ty, True, 4)
+                    if ZERO != 3:
+                        weight += (-BASE - origin).to(OPERAND)[:, None]
                 real = (column + inner < columns)[:, None] & real_token[None, :]
                 inputs = tl.load(x + token[None, :].to(tl.int64) * columns + (column + inner)[:, None], mask=real, other=0)
-                # The weight is rounded to the input's dtype, as the reference rounds it.
-                rounded = weight.to(x.dtype.element_ty).to(OPERAND)
-                sums = tl.dot(rounded, inputs.to(OPERAND), sums, input_precision="ieee")
+                products = tl.dot(weight, inputs.to(OPERAND), products, input_precision="ieee")
+                if ZERO == 2:
+                    inputs_sum += tl.sum(inputs.to(tl.float32), 0)
+                if GROUP > 0 and (plane == PLANES - 1 or (plane * 32 + 32) % GROUP == 0):
+                    sums += products * tl.load(scale + place, mask=real_row, other=0).to(tl.float32)[:, None]
+                    products = tl.zeros([ROWS, TOKENS], dtype=tl.float32)
+                    if ZERO == 2:
+                        sums += inputs_sum[None, :] * tl.load(zero + place, mask=real_row, other=0).to(tl.float32)[:, None]
+                        inputs_sum = tl.zeros([TOKENS], dtype=tl.float32)
+        if GROUP == 0:
+            sums = products * tl.load(scale + row, mask=real_row, other=0).to(tl.float32)[:, None]
+            if ZERO == 2:
+                sums += inputs_sum[None, :] * tl.load(zero + row, mask=real_row, other=0).to(tl.float32)[:, None]
         total += sums
     place = token[None, :].to(tl.int64) * rows + row[:, None]
     real = real_row[:, None] & real_token[None, :]
@@ -179,17 +205,23 @@ def product(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     return launch(plan(x.shape[0], weight.rows, weight.low.shape[0]), x, weight, bias)
 
 
+@cache
+def _numbers(bits: int, book: tuple[float, ...] | None, dtype: torch.dtype) -> tuple[str, ...]:
+    return numbers.integers(bits, dtype) if book is None else numbers.book(book, dtype)
+
+
 def launch(cut: Plan, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """`product` as `cut` says."""
     tokens, rows, tile = x.shape[0], weight.rows, cut.tile
     y = x.new_empty(tokens, rows)
     target = torch.empty(cut.segments, tokens, rows, dtype=torch.float32, device=x.device) if cut.split else y
+    ptx = _numbers(weight.bits, weight.book, x.dtype) if x.is_cuda else None
     product_kernel[(tiles(tile, tokens, rows), cut.segments if cut.split else 1)](
         x,
         weight.low,
         weight.high,
         weight.scale,
-        weight.zero,
+        torch.tensor(weight.book) if weight.book is not None and ptx is None else weight.zero,
         None if cut.split else bias,
         target,
         tokens,
@@ -203,6 +235,8 @@ def launch(cut: Plan, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         SEGMENTS=cut.segments,
         SPLIT=cut.split,
         OPERAND=operand(x),
+        NUMBERS=ptx,
+        BASE=numbers.base(weight.bits, x.dtype),
         ROWS=tile.rows,
         TOKENS=tile.tokens,
         num_warps=tile.warps,

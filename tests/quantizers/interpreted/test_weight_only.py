@@ -14,7 +14,7 @@ from quantizers.weights import QuantizedWeight, is_plain_int8
 
 CPU = torch.device("cpu")
 SUM = 2.0**-20  # of the sum of magnitudes: fp32 sums of a few hundred products
-# One rounding of the result. The interpreter cuts bf16 off where a device rounds, the weight as well as the result.
+# One rounding of the result. The interpreter cuts bf16 off where a device rounds.
 ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-6}
 
 
@@ -29,11 +29,10 @@ def run(weight: QuantizedWeight, x: torch.Tensor, bias: torch.Tensor | None = No
 def check(weight: QuantizedWeight, x: torch.Tensor, bias: torch.Tensor | None = None) -> None:
     y = run(weight, x, bias)
     assert y.dtype == x.dtype and y.shape == (*x.shape[:-1], weight.out_features)
-    numbers = weight.dequantize().to(x.dtype).double()
+    numbers = weight.dequantize().double()
     exact = x.double() @ numbers.T + (0 if bias is None else bias.double())
-    allowed = ROUNDING[x.dtype] * exact.abs() + SUM * (x.double().abs() @ numbers.abs().T)
-    if x.dtype == torch.bfloat16:  # the weight is cut off too
-        allowed += ROUNDING[x.dtype] * (x.double().abs() @ numbers.abs().T)
+    rounding = ROUNDING[x.dtype] if isinstance(weight.scheme, BnbScheme) else 0  # of the numbers of a code book
+    allowed = ROUNDING[x.dtype] * exact.abs() + (SUM + rounding) * (x.double().abs() @ numbers.abs().T)
     assert ((y.double() - exact).abs() <= allowed + 2.0**-24).all()  # 2^-24: the smallest fp16
 
 

@@ -1,5 +1,6 @@
 """Decode steps of fixed sizes: padding changes nothing, each size is recorded once, and no step asks the device for a value."""
 
+import copy
 import itertools
 import logging
 from collections.abc import Callable
@@ -180,7 +181,7 @@ def test_bytes_are_said_before(model: PreTrainedModel) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_replays_what_it_computes(model: PreTrainedModel) -> None:
     expected = started(model, None)
-    executor = started(model.to("cuda"), None)
+    executor = started(copy.deepcopy(model).to("cuda"), None)
     executor.warm_up()
     executor.allocate(16)
     executor.forward(prompts())
