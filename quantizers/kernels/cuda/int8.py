@@ -74,13 +74,12 @@ def product_kernel(
     weight,  # int8 [rows, columns]
     row_scale,  # fp32 [rows]
     bias,  # [rows] or None
-    y,  # [tokens, rows]; SPLIT: int32 [SEGMENTS, tokens, rows]
-    beside,  # SPLIT with outliers: fp32 [SEGMENTS, tokens, rows], otherwise None
+    y,  # [tokens, rows]; of several segments int32 [SEGMENTS, tokens, rows]
+    beside,  # of several segments with outliers: fp32 [SEGMENTS, tokens, rows], otherwise None
     tokens,
     rows,
     columns,
     SEGMENTS: tl.constexpr,
-    SPLIT: tl.constexpr,
     OPERAND: tl.constexpr,  # dtype in which outliers are multiplied
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -90,11 +89,9 @@ def product_kernel(
     row = (tl.program_id(0) // tiles) * ROWS + tl.arange(0, ROWS)
     token = (tl.program_id(0) % tiles) * TOKENS + tl.arange(0, TOKENS)
     real_row, real_token = row < rows, token < tokens
-    first, last = 0, columns
-    if SPLIT:
-        piece = tl.cdiv(tl.cdiv(columns, DEPTH), SEGMENTS) * DEPTH
-        first = tl.program_id(1) * piece
-        last = tl.minimum(first + piece, columns)
+    piece = tl.cdiv(tl.cdiv(columns, DEPTH), SEGMENTS) * DEPTH
+    first = tl.program_id(1) * piece
+    last = tl.minimum(first + piece, columns)
     sums = tl.zeros([ROWS, TOKENS], dtype=tl.int32)
     outside = tl.zeros([ROWS, TOKENS], dtype=tl.float32)
     for start in range(first, last, DEPTH):
@@ -111,7 +108,7 @@ def product_kernel(
                 outside = tl.dot(of_row.to(OPERAND), values.to(OPERAND), outside, input_precision="ieee")
     places = token[None, :].to(tl.int64) * rows + row[:, None]
     real_tile = real_row[:, None] & real_token[None, :]
-    if SPLIT:
+    if SEGMENTS > 1:
         places += tl.program_id(1).to(tl.int64) * tokens * rows
         tl.store(y + places, sums, mask=real_tile)
         if outlier is not None:
@@ -169,24 +166,23 @@ def launch(cut: Plan, x: Tensor, weight: Tensor, row_scale: Tensor, bias: Tensor
     codes, token_scale = quantize(x, outlier, llm=threshold is not None)
     y, beside = x.new_empty(tokens, rows), None
     target = y
-    if cut.split:
+    if cut.segments > 1:
         target = torch.empty(cut.segments, tokens, rows, dtype=torch.int32, device=x.device)
         beside = torch.empty_like(target, dtype=torch.float32) if outlier is not None else None
-    product_kernel[(tiles(tile, tokens, rows), cut.segments if cut.split else 1)](
+    product_kernel[(tiles(tile, tokens, rows), cut.segments)](
         codes,
         token_scale,
         x,
         outlier,
         weight,
         row_scale,
-        None if cut.split else bias,
+        None if cut.segments > 1 else bias,
         target,
         beside,
         tokens,
         rows,
         columns,
         SEGMENTS=cut.segments,
-        SPLIT=cut.split,
         OPERAND=operand(x),
         ROWS=tile.rows,
         TOKENS=tile.tokens,
@@ -194,7 +190,7 @@ def launch(cut: Plan, x: Tensor, weight: Tensor, row_scale: Tensor, bias: Tensor
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    if cut.split:
+    if cut.segments > 1:
         programs = -(-tokens * rows // _SUM_BLOCK)
         arguments = (target, beside, token_scale, row_scale, bias, y, tokens * rows, rows)
         sum_kernel[(programs,)](*arguments, SEGMENTS=cut.segments, BLOCK=_SUM_BLOCK)

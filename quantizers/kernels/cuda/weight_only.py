@@ -4,9 +4,9 @@ A program makes a tile of y: it walks the spans of its rows (`layout.py` draws t
 Codes are multiplied as integers less their zero points, which bf16 and fp16 hold exactly, and the scale is applied to the sum of a group
 or of a span, whichever is smaller: the weight itself is never rounded, and two codes cost three instructions. Only the numbers of a code
 book are rounded, to the inputs' dtype.
-The spans are cut into segments. Where there are too few tiles to fill the device (a few tokens), each program sums one segment, and a
-second kernel adds the segments; otherwise a program sums all of them, each from zero, and adds them itself. Either way the sums are
-made in one order, which depends on the layer's shape and not on how many tokens there are.
+The spans are cut into segments, each summed by programs of its own and added by a second kernel, where there are too few tiles to fill the
+device. For up to 64 tokens, which all decoding is, how many segments depends on the layer's shape alone, so the order of sums does as well;
+for more it depends on the tokens too, as summing in a layer's own order took twice the time at 512.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,8 @@ from torch import Tensor
 from quantizers.kernels.cuda import numbers
 from quantizers.kernels.cuda.layout import Weight
 
-_PROGRAMS = 256  # about two for each multiprocessor of the larger devices
+_PROGRAMS = 768  # wanted for a few tokens, when they wait for memory: about six for each multiprocessor of the larger devices
+_LARGE_PROGRAMS = 132  # wanted for many, which keep a multiprocessor busy
 _MAX_SEGMENTS = 8
 _MIN_SPANS = 4  # of a segment: fewer would spend their time on starting
 _SUM_BLOCK = 1024
@@ -36,20 +37,32 @@ class Tile:
     stages: int
 
 
-# By the number of tokens up to which each is taken; chosen by counting registers, not tuned on a device.
-_TILES = ((16, Tile(64, 16, 4, 4)), (32, Tile(64, 32, 4, 4)), (64, Tile(64, 64, 4, 3)))
-_LARGE_TILE = Tile(128, 64, 8, 3)
+# By the number of tokens up to which each is taken: the best, or within 5 % of it, of up to 128 that were tried on an H100.
+_TILES = ((16, Tile(64, 16, 2, 3)), (32, Tile(64, 32, 2, 3)), (64, Tile(128, 64, 4, 3)))
+_LARGE_TILE = Tile(128, 128, 8, 3)
 
 
-def tile_for(tokens: int) -> Tile:
-    return next((tile for most, tile in _TILES if tokens <= most), _LARGE_TILE)
+@dataclass(frozen=True)
+class Plan:
+    """How one product is cut up: its tiles, and the segments of a row."""
+
+    tile: Tile
+    segments: int
 
 
-def segments(rows: int, spans: int) -> int:
-    """Into how many pieces the spans of a row are cut: by the layer's shape alone, so that the order of sums is too."""
-    wanted = -(-_PROGRAMS // -(-rows // _TILES[0][1].rows))
+def plan(tokens: int, rows: int, spans: int) -> Plan:
+    """For a weight of so many rows, each read in so many pieces."""
+    tile = next((tile for most, tile in _TILES if tokens <= most), _LARGE_TILE)
+    if tile is _LARGE_TILE:
+        wanted = _LARGE_PROGRAMS // tiles(tile, tokens, rows)
+    else:
+        wanted = -(-_PROGRAMS // -(-rows // _TILES[0][1].rows))
     cut = max(1, min(wanted, _MAX_SEGMENTS, spans // _MIN_SPANS))
-    return -(-spans // -(-spans // cut))  # none of them empty
+    return Plan(tile, -(-spans // -(-spans // cut)))  # none of them empty
+
+
+def tiles(tile: Tile, tokens: int, rows: int) -> int:
+    return -(-rows // tile.rows) * -(-tokens // tile.tokens)
 
 
 @triton.jit
@@ -66,7 +79,7 @@ def product_kernel(
     scale,  # fp16 or fp32 [groups, rows]
     zero,  # POINT: uint8 [groups, rows], MINIMUM: fp16 [groups, rows], TABLE without NUMBERS: fp32 [16], otherwise None
     bias,  # [rows] or None
-    y,  # [tokens, rows]; SPLIT: fp32 [SEGMENTS, tokens, rows], the sums of each segment
+    y,  # [tokens, rows]; of several segments fp32 [SEGMENTS, tokens, rows], the sums of each
     tokens,
     rows,
     columns,
@@ -76,7 +89,6 @@ def product_kernel(
     ZERO: tl.constexpr,  # as in `layout.Weight.zero_kind`
     GROUP: tl.constexpr,  # inputs of a group, a multiple of 32; 0: the whole row
     SEGMENTS: tl.constexpr,
-    SPLIT: tl.constexpr,
     OPERAND: tl.constexpr,  # dtype of the product's operands: that of x, or fp32 where the interpreter cannot multiply in it
     NUMBERS: tl.constexpr,  # PTX by plane (`numbers.py`), or None, and then numbers are made one by one
     BASE: tl.constexpr,  # what they add to a code
@@ -91,74 +103,67 @@ def product_kernel(
     token = (tl.program_id(0) % tiles) * TOKENS + tl.arange(0, TOKENS)
     inner = tl.arange(0, 32)
     real_row, real_token = row < rows, token < tokens
-    first_segment = 0
-    last_segment = SEGMENTS
-    if SPLIT:
-        first_segment = tl.program_id(1)
-        last_segment = first_segment + 1
+    segment = tl.program_id(1)
     per_segment = tl.cdiv(spans, SEGMENTS)
-    total = tl.zeros([ROWS, TOKENS], dtype=tl.float32)
-    for segment in range(first_segment, last_segment):
-        sums = tl.zeros([ROWS, TOKENS], dtype=tl.float32)
-        products = tl.zeros([ROWS, TOKENS], dtype=tl.float32)  # of codes less their origin, not scaled yet
-        inputs_sum = tl.zeros([TOKENS], dtype=tl.float32)
-        for span in range(segment * per_segment, tl.minimum((segment + 1) * per_segment, spans)):
-            lines = tl.cast(span, tl.int64) * rows + row  # of a large matrix, more bytes than 32 bits count
-            bytes_ = tl.load(low + lines[:, None] * 32 + inner[None, :], mask=real_row[:, None], other=0)
-            if BITS == 3:
-                thirds = tl.load(high + lines[:, None] * 16 + (inner % 16)[None, :], mask=real_row[:, None], other=0)
-                thirds = thirds >> (4 * (inner // 16)).to(tl.uint8)[None, :]
-            for plane in tl.static_range(PLANES):
-                column = span * SPAN + plane * 32
-                if plane == 0 or (GROUP > 0 and (plane * 32) % GROUP == 0):  # otherwise the group of the plane before
-                    group = 0
-                    if GROUP > 0:
-                        group = tl.minimum(column // GROUP, groups - 1)
-                    place = tl.cast(group, tl.int64) * rows + row
-                    origin = tl.zeros([ROWS], dtype=tl.float32)
-                    if ZERO == 0:
-                        origin += 1 << (BITS - 1)
-                    elif ZERO == 1:
-                        origin += tl.load(zero + place, mask=real_row, other=0).to(tl.float32)
-                if NUMBERS is None:
-                    code = (bytes_.to(tl.int32) >> (plane * LOW)) & ((1 << LOW) - 1)
-                    if BITS == 3:
-                        code |= ((thirds.to(tl.int32) >> plane) & 1) << 2
-                    if ZERO == 3:
-                        weight = tl.load(zero + code).to(x.dtype.element_ty).to(OPERAND)
-                    else:
-                        weight = (_number(code) - (8388608.0 + origin)[:, None]).to(OPERAND)
+    sums = tl.zeros([ROWS, TOKENS], dtype=tl.float32)
+    products = tl.zeros([ROWS, TOKENS], dtype=tl.float32)  # of codes less their origin, not scaled yet
+    inputs_sum = tl.zeros([TOKENS], dtype=tl.float32)
+    for span in range(segment * per_segment, tl.minimum((segment + 1) * per_segment, spans)):
+        lines = tl.cast(span, tl.int64) * rows + row  # of a large matrix, more bytes than 32 bits count
+        bytes_ = tl.load(low + lines[:, None] * 32 + inner[None, :], mask=real_row[:, None], other=0)
+        if BITS == 3:
+            thirds = tl.load(high + lines[:, None] * 16 + (inner % 16)[None, :], mask=real_row[:, None], other=0)
+            thirds = thirds >> (4 * (inner // 16)).to(tl.uint8)[None, :]
+        for plane in tl.static_range(PLANES):
+            column = span * SPAN + plane * 32
+            if plane == 0 or (GROUP > 0 and (plane * 32) % GROUP == 0):  # otherwise the group of the plane before
+                group = 0
+                if GROUP > 0:
+                    group = tl.minimum(column // GROUP, groups - 1)
+                place = tl.cast(group, tl.int64) * rows + row
+                origin = tl.zeros([ROWS], dtype=tl.float32)
+                if ZERO == 0:
+                    origin += 1 << (BITS - 1)
+                elif ZERO == 1:
+                    origin += tl.load(zero + place, mask=real_row, other=0).to(tl.float32)
+            if NUMBERS is None:
+                code = (bytes_.to(tl.int32) >> (plane * LOW)) & ((1 << LOW) - 1)
+                if BITS == 3:
+                    code |= ((thirds.to(tl.int32) >> plane) & 1) << 2
+                if ZERO == 3:
+                    weight = tl.load(zero + code).to(x.dtype.element_ty).to(OPERAND)
                 else:
-                    if BITS == 3:
-                        weight = tl.inline_asm_elementwise(NUMBERS[plane], "=r,=r,r,r", [bytes_, thirds], x.dtype.element_ty, True, 4)
-                    else:
-                        weight = tl.inline_asm_elementwise(NUMBERS[plane], "=r,=r,r", [bytes_], x.dtype.element_ty, True, 4)
-                    if ZERO != 3:
-                        weight += (-BASE - origin).to(OPERAND)[:, None]
-                real = (column + inner < columns)[:, None] & real_token[None, :]
-                inputs = tl.load(x + token[None, :].to(tl.int64) * columns + (column + inner)[:, None], mask=real, other=0)
-                products = tl.dot(weight, inputs.to(OPERAND), products, input_precision="ieee")
-                if ZERO == 2:
-                    inputs_sum += tl.sum(inputs.to(tl.float32), 0)
-                if GROUP > 0 and (plane == PLANES - 1 or (plane * 32 + 32) % GROUP == 0):
-                    sums += products * tl.load(scale + place, mask=real_row, other=0).to(tl.float32)[:, None]
-                    products = tl.zeros([ROWS, TOKENS], dtype=tl.float32)
-                    if ZERO == 2:
-                        sums += inputs_sum[None, :] * tl.load(zero + place, mask=real_row, other=0).to(tl.float32)[:, None]
-                        inputs_sum = tl.zeros([TOKENS], dtype=tl.float32)
-        if GROUP == 0:
-            sums = products * tl.load(scale + row, mask=real_row, other=0).to(tl.float32)[:, None]
+                    weight = (_number(code) - (8388608.0 + origin)[:, None]).to(OPERAND)
+            else:
+                if BITS == 3:
+                    weight = tl.inline_asm_elementwise(NUMBERS[plane], "=r,=r,r,r", [bytes_, thirds], x.dtype.element_ty, True, 4)
+                else:
+                    weight = tl.inline_asm_elementwise(NUMBERS[plane], "=r,=r,r", [bytes_], x.dtype.element_ty, True, 4)
+                if ZERO != 3:
+                    weight += (-BASE - origin).to(OPERAND)[:, None]
+            real = (column + inner < columns)[:, None] & real_token[None, :]
+            inputs = tl.load(x + token[None, :].to(tl.int64) * columns + (column + inner)[:, None], mask=real, other=0)
+            products = tl.dot(weight, inputs.to(OPERAND), products, input_precision="ieee")
             if ZERO == 2:
-                sums += inputs_sum[None, :] * tl.load(zero + row, mask=real_row, other=0).to(tl.float32)[:, None]
-        total += sums
+                inputs_sum += tl.sum(inputs.to(tl.float32), 0)
+            if GROUP > 0 and (plane == PLANES - 1 or (plane * 32 + 32) % GROUP == 0):
+                sums += products * tl.load(scale + place, mask=real_row, other=0).to(tl.float32)[:, None]
+                products = tl.zeros([ROWS, TOKENS], dtype=tl.float32)
+                if ZERO == 2:
+                    sums += inputs_sum[None, :] * tl.load(zero + place, mask=real_row, other=0).to(tl.float32)[:, None]
+                    inputs_sum = tl.zeros([TOKENS], dtype=tl.float32)
+    if GROUP == 0:
+        sums = products * tl.load(scale + row, mask=real_row, other=0).to(tl.float32)[:, None]
+        if ZERO == 2:
+            sums += inputs_sum[None, :] * tl.load(zero + row, mask=real_row, other=0).to(tl.float32)[:, None]
     place = token[None, :].to(tl.int64) * rows + row[:, None]
     real = real_row[:, None] & real_token[None, :]
-    if SPLIT:
-        tl.store(y + tl.cast(first_segment, tl.int64) * tokens * rows + place, total, mask=real)
+    if SEGMENTS > 1:
+        tl.store(y + segment.to(tl.int64) * tokens * rows + place, sums, mask=real)
     else:
         if bias is not None:
-            total += tl.load(bias + row, mask=real_row, other=0).to(tl.float32)[:, None]
-        tl.store(y + place, total.to(y.dtype.element_ty), mask=real)
+            sums += tl.load(bias + row, mask=real_row, other=0).to(tl.float32)[:, None]
+        tl.store(y + place, sums.to(y.dtype.element_ty), mask=real)
 
 
 @triton.jit(do_not_specialize=["elements"])
@@ -181,25 +186,6 @@ def operand(x: Tensor) -> tl.dtype:
     return tl.bfloat16 if x.is_cuda else tl.float32  # the interpreter would multiply the bits of bf16 as integers
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How one product is cut up: its tiles, the segments of a row, and whether each segment has programs of its own."""
-
-    tile: Tile
-    segments: int
-    split: bool
-
-
-def plan(tokens: int, rows: int, spans: int) -> Plan:
-    """For a weight of so many rows, each read in so many pieces."""
-    tile, pieces = tile_for(tokens), segments(rows, spans)
-    return Plan(tile, pieces, pieces > 1 and tiles(tile, tokens, rows) < _PROGRAMS)
-
-
-def tiles(tile: Tile, tokens: int, rows: int) -> int:
-    return -(-rows // tile.rows) * -(-tokens // tile.tokens)
-
-
 def product(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """`x` [tokens, columns] bf16 or fp16, contiguous, at least one token -> [tokens, rows] in its dtype."""
     return launch(plan(x.shape[0], weight.rows, weight.low.shape[0]), x, weight, bias)
@@ -214,15 +200,15 @@ def launch(cut: Plan, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """`product` as `cut` says."""
     tokens, rows, tile = x.shape[0], weight.rows, cut.tile
     y = x.new_empty(tokens, rows)
-    target = torch.empty(cut.segments, tokens, rows, dtype=torch.float32, device=x.device) if cut.split else y
+    target = torch.empty(cut.segments, tokens, rows, dtype=torch.float32, device=x.device) if cut.segments > 1 else y
     ptx = _numbers(weight.bits, weight.book, x.dtype) if x.is_cuda else None
-    product_kernel[(tiles(tile, tokens, rows), cut.segments if cut.split else 1)](
+    product_kernel[(tiles(tile, tokens, rows), cut.segments)](
         x,
         weight.low,
         weight.high,
         weight.scale,
         torch.tensor(weight.book) if weight.book is not None and ptx is None else weight.zero,
-        None if cut.split else bias,
+        None if cut.segments > 1 else bias,
         target,
         tokens,
         rows,
@@ -233,7 +219,6 @@ def launch(cut: Plan, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         ZERO=weight.zero_kind,
         GROUP=weight.group,
         SEGMENTS=cut.segments,
-        SPLIT=cut.split,
         OPERAND=operand(x),
         NUMBERS=ptx,
         BASE=numbers.base(weight.bits, x.dtype),
@@ -242,7 +227,7 @@ def launch(cut: Plan, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    if cut.split:
+    if cut.segments > 1:
         programs = -(-tokens * rows // _SUM_BLOCK)
         sum_kernel[(programs,)](target, bias, y, tokens * rows, rows, SEGMENTS=cut.segments, BLOCK=_SUM_BLOCK)
     return y

@@ -105,8 +105,8 @@ def test_split_products_are_the_whole_ones() -> None:
     x, bias = torch.randn(2, 1300, generator=generator), torch.randn(8, generator=generator)
     weight = torch.randint(-128, 128, (8, 1300), generator=generator).to(torch.int8)
     plan = weight_only.plan(2, 8, 11)
-    assert plan.split and plan.segments == 2
-    whole = weight_only.Plan(plan.tile, 1, split=False)
+    assert plan.segments == 2
+    whole = weight_only.Plan(plan.tile, 1)
     for threshold in (None, 2.0):
         results = [int8.launch(cut, x, weight, torch.rand(8) * 0 + 0.01, bias, threshold) for cut in (plan, whole)]
         torch.testing.assert_close(*results, rtol=0 if threshold is None else 1e-5, atol=0 if threshold is None else 1e-4)
