@@ -48,9 +48,10 @@ def quantize_bnb(weight: "Tensor", scheme: BnbScheme, *, layer: str) -> "Quantiz
         raise QuantizationFailed("its weights hold NaN or infinity: the checkpoint is damaged", layer=layer)
     values = weight.to(torch.float32, copy=True).contiguous()
     if scheme.format == "int8":
-        codes, absmax, _ = functional().int8_vectorwise_quant(values)
+        # On the CPU, wherever the weight is: bitsandbytes' CUDA function takes fp16 alone, which would round the weight first.
+        codes, absmax, _ = functional().int8_vectorwise_quant(values.cpu())
         codes[absmax == 0] = 0  # bitsandbytes divides zero by zero there, and casts the NaN to an integer
-        tensors = {"codes": codes, "absmax": absmax}
+        tensors = {"codes": codes.to(weight.device), "absmax": absmax.to(weight.device)}
     else:
         packed, state = functional().quantize_4bit(
             values, blocksize=BNB_BLOCK, quant_type=scheme.format, compress_statistics=scheme.double_quant

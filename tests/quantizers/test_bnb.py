@@ -226,3 +226,14 @@ def test_int8_takes_inputs_beyond_fp16() -> None:
     kernel = BnbInt8Cpu(LayerKind(scheme, 64, 128, torch.bfloat16, torch.device("cpu")))
     y = kernel.run(x, kernel.prepare(quantize_bnb(weight, scheme, layer="layer")), None)
     assert bool(torch.isfinite(y).all()) and y.dtype == torch.bfloat16
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("format_", ["int8", "nf4", "fp4"])
+def test_a_gpu_makes_the_same_codes(format_: str) -> None:
+    weight = torch.randn(24, 128, generator=torch.Generator().manual_seed(11))
+    scheme = BnbScheme(format=format_)  # type: ignore[arg-type]
+    here, there = (quantize_bnb(each, scheme, layer="layer").tensors for each in (weight, weight.cuda()))
+    for name, tensor in here.items():
+        assert torch.equal(there[name].cpu(), tensor), name
