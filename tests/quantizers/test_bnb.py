@@ -230,10 +230,7 @@ def test_int8_takes_inputs_beyond_fp16() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("format_", ["int8", "nf4", "fp4"])
-def test_a_gpu_makes_the_same_codes(format_: str) -> None:
-    weight = torch.randn(24, 128, generator=torch.Generator().manual_seed(11))
-    scheme = BnbScheme(format=format_)  # type: ignore[arg-type]
+def test_a_gpu_has_the_same_codes_of_llm_int8() -> None:
+    weight, scheme = torch.randn(24, 128, generator=torch.Generator().manual_seed(11)), BnbScheme(format="int8")
     here, there = (quantize_bnb(each, scheme, layer="layer").tensors for each in (weight, weight.cuda()))
-    for name, tensor in here.items():
-        assert torch.equal(there[name].cpu(), tensor), name
+    assert all(torch.equal(there[name].cpu(), tensor) for name, tensor in here.items())
