@@ -76,7 +76,7 @@ class Awq(Method):
                 continue
             scales = self._scales(block, group, hessian, shared_by_heads(block, group, magnitude))
             move_scales(block, group, scales)
-            seen[group] = (hessian / scales / scales.unsqueeze(-1), magnitude)
+            hessian.div_(scales).div_(scales.unsqueeze(-1))
         for group, (hessian, _) in seen.items():
             for name in block.members(group)[0]:
                 self._put(block, name, hessian)
