@@ -6,6 +6,7 @@ struct V {
     static constexpr int kWidth = 2;
     static constexpr int kBlocks = 1;
     static constexpr int kQueries = 3;
+    static constexpr int values_at_a_time(int) { return 4; }
 
     PRECIS_INLINE static F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
     PRECIS_INLINE static F set(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
@@ -117,6 +118,8 @@ struct V {
         return {_mm256_and_si256(x.lo, m), _mm256_and_si256(x.hi, m)};
     }
     PRECIS_INLINE static F as_float(B x) { return {_mm256_castsi256_ps(x.lo), _mm256_castsi256_ps(x.hi)}; }
+    static constexpr bool kCentred = false;
+    PRECIS_INLINE static const B& centred(const B& x) { return x; }
     // In 16 bits, because the byte product of AVX2 saturates.
     PRECIS_INLINE static D dot(D acc, B w, B x) { return {dot8(acc.lo, w.lo, x.lo), dot8(acc.hi, w.hi, x.hi)}; }
     PRECIS_INLINE static __m256i dot8(__m256i acc, __m256i w, __m256i x) {

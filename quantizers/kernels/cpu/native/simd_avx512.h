@@ -6,6 +6,7 @@ struct V {
     static constexpr int kWidth = 6;   // tokens of a tile that are worked on at a time
     static constexpr int kBlocks = 2;  // blocks of rows that are worked on at a time
     static constexpr int kQueries = 8;  // query rows that are worked on at a time
+    static constexpr int values_at_a_time(int queries) { return queries <= 6 ? 4 : 2; }  // vectors of values that they are multiplied with
 
     PRECIS_INLINE static F zero() { return _mm512_setzero_ps(); }
     PRECIS_INLINE static F set(float x) { return _mm512_set1_ps(x); }
@@ -99,9 +100,13 @@ struct V {
     }
     PRECIS_INLINE static B low_half(B x) { return _mm512_and_si512(x, _mm512_set1_epi32(0xffff)); }
     PRECIS_INLINE static F as_float(B x) { return _mm512_castsi512_ps(x); }
+    // Bytes as `dot` takes its unsigned operand, where they may be above 127: less 128 if kCentred, and then a sum lacks 128 times that of
+    // the signed operand.
+    static constexpr bool kCentred = false;
+    PRECIS_INLINE static const B& centred(const B& x) { return x; }
     // acc + the four products of unsigned `w` and signed `x` in each lane, exact modulo 2^32.
     PRECIS_INLINE static D dot(D acc, B w, B x) { return _mm512_dpbusd_epi32(acc, w, x); }
-    // acc + odd product, then + even product, each a fused multiply-add that takes and gives subnormals as zero.
+    // acc + odd product, then + even product, each a fused multiply-add that takes and gives subnormals as zero. `x` is of `store_bf16`.
     PRECIS_INLINE static F dot_bf16(F acc, B w, B x) { return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)x); }
 
     // 16 bytes, and those of them that the codes 0 to 15 of `index` name.

@@ -1,4 +1,4 @@
-// Sixteen lanes in plain C++: the specification of the other two. What each function means is said in simd_avx512.h.
+// Sixteen lanes in plain C++: the specification of the others. What each function means is said in simd_avx512.h.
 struct V {
     struct F { float lane[16]; };
     struct D { int32_t lane[16]; };
@@ -6,6 +6,7 @@ struct V {
     static constexpr int kWidth = 1;
     static constexpr int kBlocks = 1;
     static constexpr int kQueries = 1;
+    static constexpr int values_at_a_time(int) { return 4; }
 
     template <class T, class Fn>
     PRECIS_INLINE static T each(Fn fn) {
@@ -109,6 +110,8 @@ struct V {
         std::memcpy(out.lane, x.lane, sizeof out.lane);
         return out;
     }
+    static constexpr bool kCentred = false;
+    static const B& centred(const B& x) { return x; }
     static D dot(const D& acc, const B& w, const B& x) {
         return each<D>([&](int i) {
             uint32_t sum = static_cast<uint32_t>(acc.lane[i]);
