@@ -1,7 +1,7 @@
 """The C++ kernels as an optional extension; everything else about the package is in pyproject.toml.
 
 Where there is no compiler the package installs without them and the torch kernels serve (`precis doctor` says so). No -march: one binary
-runs on every x86-64 processor, and picks its instruction set when it is loaded.
+runs on every processor of an architecture, and picks its instruction set when it is loaded.
 """
 
 from pathlib import Path

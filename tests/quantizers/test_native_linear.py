@@ -21,7 +21,7 @@ from quantizers.weights import QuantizedWeight, tensor_specs
 
 pytestmark = pytest.mark.skipif(library.missing() is not None, reason=f"native kernels are {library.missing()}")
 
-INSTRUCTION_SETS = ("scalar", "avx2", "avx512")
+INSTRUCTION_SETS = ("scalar", "avx2", "avx512", "neon")
 WEIGHT_ONLY = [
     IntegerScheme(weight_bits=bits, group_size=group, zero=zero)
     for bits in (2, 3, 4, 8)
@@ -44,7 +44,9 @@ def restore() -> Iterator[None]:
 
 def available() -> list[str]:
     best = library.instruction_set()
-    return [*INSTRUCTION_SETS[: INSTRUCTION_SETS.index(best) + 1]]
+    found = [name for name in INSTRUCTION_SETS if library.library().precis_select_isa(name.encode())]
+    library.select_instruction_set(best)
+    return found
 
 
 def kind(scheme: IntegerScheme, rows: int, columns: int, dtype: torch.dtype = torch.float32) -> LayerKind:

@@ -110,7 +110,7 @@ def library() -> ctypes.CDLL:
 
 
 def instruction_set() -> str:
-    """`avx512` (VNNI and BF16), `avx2` or `scalar`: which kernels run."""
+    """`avx512` (VNNI and BF16), `avx2`, `neon` (dot products of ARMv8.2) or `scalar`: which kernels run."""
     name: bytes = library().precis_isa()
     return name.decode()
 
@@ -119,7 +119,7 @@ def select_instruction_set(name: str) -> None:
     """Run the kernels of another instruction set from now on; results stay the same to the bit. Raises InvalidInput where it cannot run."""
     if not library().precis_select_isa(name.encode()):
         raise InvalidInput(
-            f"the instruction set {name!r} is none of avx512, avx2, scalar or this processor lacks it; it has {instruction_set()}"
+            f"the instruction set {name!r} is none of avx512, avx2, neon, scalar or this processor lacks it; it has {instruction_set()}"
         )
 
 

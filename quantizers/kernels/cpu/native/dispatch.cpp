@@ -3,6 +3,10 @@
 #include <cstring>
 #include <initializer_list>
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
 #include "kernels.h"
 
 namespace precis {
@@ -15,12 +19,14 @@ bool runs(const Kernels* table) {
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
     if (table == avx2_kernels()) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#elif defined(__aarch64__) && defined(__linux__)
+    if (table == neon_kernels()) return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
 #endif
     return true;
 }
 
 const Kernels* best() {
-    for (const Kernels* table : {avx512_kernels(), avx2_kernels()})
+    for (const Kernels* table : {avx512_kernels(), avx2_kernels(), neon_kernels()})
         if (runs(table)) return table;
     return &scalar_kernels();
 }
@@ -35,7 +41,7 @@ std::atomic<const Kernels*>& current() {
 const Kernels& kernels() { return *current().load(std::memory_order_relaxed); }
 
 bool select_kernels(const char* name) {
-    for (const Kernels* table : {avx512_kernels(), avx2_kernels(), &scalar_kernels()})
+    for (const Kernels* table : {avx512_kernels(), avx2_kernels(), neon_kernels(), &scalar_kernels()})
         if (runs(table) && std::strcmp(table->name, name) == 0) {
             current().store(table);
             return true;

@@ -27,6 +27,8 @@ constexpr int kMaxWorkers = 255;
 void pause() {
 #if defined(__x86_64__)
     _mm_pause();
+#elif defined(__aarch64__)
+    asm volatile("isb");  // `yield` does nothing on most processors, and a thousand of nothing is no time
 #endif
 }
 
