@@ -1,8 +1,9 @@
 """LLM-QAT (Liu et al. 2023, arXiv 2305.17888): the whole model learns, with weights and tokens rounded in every forward pass, to give the
 checkpoint's distribution; then it is rounded to nearest for good. Text to learn on can be given, or written by the model itself
-(`quantizers.generated`). Keys and values stay as they are here, since their cache does.
+(`quantizers.generated`). Keys and values are rounded as well where the cache that serves is to be in bytes.
 """
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
@@ -26,7 +27,8 @@ class LlmQat(Method):
 
     epochs: how often the model sees the calibration text. learning_rate: of the weights, relative to their root mean square in a layer.
     lora_rank: train a product of that rank beside each weight, folded into it before rounding; 0: the weights themselves.
-    labels: how much the text's own next tokens count beside the checkpoint's distribution.
+    labels: how much the text's own next tokens count beside the checkpoint's distribution. int8_cache: round keys and values too, as a
+    cache in bytes does.
     """
 
     name: Literal["llm-qat"] = "llm-qat"
@@ -38,6 +40,7 @@ class LlmQat(Method):
     learning_rate: float = Field(default=3e-3, gt=0, le=1, allow_inf_nan=False)
     lora_rank: int = Field(default=0, ge=0, le=1024)
     labels: float = Field(default=0, ge=0, le=10, allow_inf_nan=False)
+    int8_cache: bool = False
 
     def streams(self) -> frozenset[Stream]:
         return frozenset(("full",))
@@ -57,6 +60,7 @@ class LlmQat(Method):
         Rtn(name="rtn").apply(block)
 
     def finish(self, whole: "Whole") -> "dict[str, QuantizedWeight]":
+        from quantizers.training.cache import rounding_cache
         from quantizers.training.ranged import AdaptedWeight, RangedWeight
         from quantizers.training.whole import distil
 
@@ -66,7 +70,8 @@ class LlmQat(Method):
             assert isinstance(scheme, IntegerScheme), "checked by the recipe"
             learning[name] = AdaptedWeight(weight, scheme, name, self.lora_rank) if self.lora_rank else RangedWeight(weight, scheme, name)
         groups = [group for name, each in learning.items() for group in self._groups(name, each.leaves(), whole.floating[name])]
-        return distil(whole, learning, groups, self.epochs, labels=self.labels)
+        with rounding_cache(whole.model) if self.int8_cache else nullcontext():
+            return distil(whole, learning, groups, self.epochs, labels=self.labels)
 
     def _groups(self, name: str, leaves: "dict[str, Tensor]", weight: "Tensor") -> "list[ParameterGroup]":
         """A step moves a weight by the learning rate times the root mean square; with an adapter too, whose `down` has rows of length 1."""

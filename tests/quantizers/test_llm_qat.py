@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from quantizers.errors import QuantizationFailed, UnknownRecipe, UnsupportedScheme
+from quantizers.kernels.kv_cache import quantize_heads
 from quantizers.methods.llm_qat import LlmQat
 from quantizers.model import load_reference
 from quantizers.pipeline import quantize
 from quantizers.recipe import Recipe, parse_recipe
 from quantizers.scheme import parse_scheme
 from quantizers.shared import SharedTensors
+from quantizers.training import cache
 from tests.quantizers.conftest import DECODERS, MemoryTensors, calibration_tokens, killed_and_resumed
 from tests.quantizers.test_efficientqat import divergence
 from tests.quantizers.test_gptq import with_weights
@@ -107,9 +109,31 @@ def test_it_composes_with_smoothing(tiny: Callable) -> None:
     assert measured == pytest.approx(min(result.trained[0].held_before, result.trained[0].held_after), rel=1e-3)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_a_cache_in_bytes_is_trained_with(family: str, tiny: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is measured is the model over such a cache: attention sees heads that lie on their grids, one for each head and token."""
+    seen: list[torch.Tensor] = []
+    rounded = cache.rounded_heads
+    monkeypatch.setattr(cache, "rounded_heads", lambda x: seen.append(rounded(x)) or seen[-1])
+    model, checkpoint = tiny(family)
+    recipe = recipe_of("w3g32a8", epochs=12, learning_rate=0.005, int8_cache=True)
+    result = quantize(model.config, checkpoint, recipe, MemoryTensors().__setitem__, calibration=calibration_tokens(8, 24, padded=True))
+    assert result.trained[0].after < result.trained[0].before
+    codes, scales = quantize_heads(seen[-1].detach())
+    torch.testing.assert_close(codes * scales[..., None], seen[-1].detach(), rtol=1e-5, atol=1e-7)
+
+
+def test_rounding_heads_has_the_gradient_of_the_identity() -> None:
+    x = torch.randn(2, 3, 5, 8, requires_grad=True)
+    y = cache.rounded_heads(x)
+    assert 0 < (y - x).abs().max() <= (x.abs().amax(-1) / 254).max() * 1.001
+    (y * torch.arange(8.0)).sum().backward()
+    assert torch.equal(x.grad, torch.arange(8.0).expand_as(x))  # type: ignore[arg-type]
+
+
 def test_its_name_has_a_hyphen_in_a_slug() -> None:
-    recipe = parse_recipe("llm-qat.epochs3.lorarank16.labels0.5-w4a8-downproj.w8a8")
-    assert recipe.methods == (LlmQat(epochs=3, lora_rank=16, labels=0.5),) and len(recipe.overrides) == 1
+    recipe = parse_recipe("llm-qat.epochs3.lorarank16.labels0.5.int8cacheon-w4a8-downproj.w8a8")
+    assert recipe.methods == (LlmQat(epochs=3, lora_rank=16, labels=0.5, int8_cache=True),) and len(recipe.overrides) == 1
     assert parse_recipe("smoothquant-llm-qat-w4a8").slug == "smoothquant-llm-qat-w4a8"
 
 
