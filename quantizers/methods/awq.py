@@ -58,6 +58,7 @@ class Awq(Method):
 
     def apply(self, block: "Block") -> None:
         from quantizers.hessian import Gram
+        from quantizers.memory import trim_heap
         from quantizers.smoothing import maker, move_scales, shared_by_heads
 
         grams: dict[Group, Gram] = {}
@@ -74,11 +75,13 @@ class Awq(Method):
         for group, (hessian, magnitude) in seen.items():
             if not block.members(group)[0] or (group.norm is None and maker(block, group) is None):
                 continue
+            trim_heap()  # of what the group before left between its candidates
             scales = self._scales(block, group, hessian, shared_by_heads(block, group, magnitude))
             move_scales(block, group, scales)
             hessian.div_(scales).div_(scales.unsqueeze(-1))
         for group, (hessian, _) in seen.items():
             for name in block.members(group)[0]:
+                trim_heap()
                 self._put(block, name, hessian)
 
     def _scales(self, block: "Block", group: "Group", hessian: "Tensor", magnitude: "Tensor") -> "Tensor":
@@ -94,8 +97,8 @@ class Awq(Method):
         best, least = torch.ones_like(magnitude), float("inf")
         size = shared_by_heads(block, group, _relative_magnitude(weight, scheme))
         for scales in self._candidates(magnitude, size):
-            quantized = quantize_nearest(weight * scales, scheme, layer=names[0]).dequantize() / scales
-            error = output_error(quantized - weight, hessian)
+            quantized = quantize_nearest(weight * scales, scheme, layer=names[0]).dequantize()
+            error = output_error(quantized.div_(scales).sub_(weight), hessian)
             if error < least:
                 best, least = scales, error
         return best
@@ -124,7 +127,7 @@ class Awq(Method):
 
 def output_error(difference: "Tensor", hessian: "Tensor") -> float:
     """Squared error of a layer's outputs, summed over rows and averaged over tokens: fp32 [out, in] and [in, in]."""
-    return float(((difference @ hessian) * difference).sum())
+    return float((difference @ hessian).mul_(difference).sum())
 
 
 def _relative_magnitude(weight: "Tensor", scheme: IntegerScheme) -> "Tensor":

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from quantizers.errors import UnsupportedScheme
-from quantizers.methods.base import Method
+from quantizers.methods.base import FP32_BYTES, LayerGroups, Method
 from quantizers.scheme import IntegerScheme, LayerScheme
 
 if TYPE_CHECKING:
@@ -54,6 +54,10 @@ class Hqq(Method):
             raise UnsupportedScheme(
                 f"hqq makes weight-only integer formats with a real minimum such as w4g64m or w3g64m, not {scheme.slug}", param="model"
             )
+
+    def scratch_bytes(self, groups: LayerGroups) -> int:
+        """Beside what rounding takes, a piece with what was best, what is tried and their errors."""
+        return super().scratch_bytes(groups) + 8 * FP32_BYTES * _WEIGHTS
 
     def apply(self, block: "Block") -> None:
         for name, scheme in block.schemes.items():
