@@ -18,13 +18,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from benchmarks.layers import MemorySource, show
+from benchmarks.layers import MemorySource, make, show
 from quantizers.kernels import LayerKind, select
-from quantizers.model import LoadedModel, load_model
-from quantizers.pipeline import quantize
-from quantizers.recipe import parse_recipe
 from quantizers.scheme import parse_scheme
-from quantizers.shared import SharedTensors
 from quantizers.weights import QuantizedWeight, tensor_specs
 from server.engine.decode_buckets import call_again
 from server.engine.executor import Chunk, ragged_batch
@@ -130,15 +126,6 @@ def source_of(layers: int) -> tuple[LlamaConfig, MemorySource]:
     return config, MemorySource({name: tensor.cpu() for name, tensor in model.state_dict().items()})
 
 
-def loaded(config: LlamaConfig, source: MemorySource, slug: str) -> LoadedModel:
-    recipe, artifact = parse_recipe(slug), MemorySource()
-    if not recipe.is_baseline:
-        quantize(config, source, recipe, artifact.__setitem__, device=str(DEVICE))
-    return load_model(
-        config, recipe, source, None if recipe.is_baseline else artifact, device=str(DEVICE), shared=SharedTensors(), checkpoint_key=slug
-    )
-
-
 def step_seconds(executor: HfExecutor, streams: int) -> float:
     """Of one decode step with its logits, host included: the quickest of 30."""
     width = CONTEXT // BLOCK_SIZE + 1
@@ -160,7 +147,7 @@ def steps(recipes: list[str], layers: int, bandwidth: float) -> list[dict[str, A
     rows = []
     for slug in recipes:
         begin = time.perf_counter()
-        model = loaded(config, source, slug)
+        model = make(config, source, slug, str(DEVICE), slug)
         row: dict[str, Any] = {"recipe": slug, "MB": sum(model.bytes.values()) / 1e6, "s to make": time.perf_counter() - begin}
         read = sum(model.bytes.values()) - 2 * config.vocab_size * config.hidden_size  # of the embedding, in bf16, a step reads a row
         for name, record in (("graph", None), ("eager", call_again)):

@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from model_store.formats.safetensors import SafetensorsSource
 from quantizers.kernels.cpu import library
@@ -27,6 +27,7 @@ from quantizers.model import LoadedModel, load_model
 from quantizers.pipeline import quantize
 from quantizers.recipe import parse_recipe
 from quantizers.shared import SharedTensors
+from quantizers.tensors import TensorSource
 
 RECIPES = ("rtn-w4g32m-head8", "rtn-w4g32-head8", "rtn-w8g32-head8", "bf16")
 DEMO = Path(__file__).parent.parent / ".cache" / "demo"
@@ -112,12 +113,17 @@ def products(rounds: int) -> list[dict[str, Any]]:
 
 
 def load(model: Path, slug: str) -> LoadedModel:
-    config, recipe, source = AutoConfig.from_pretrained(model), parse_recipe(slug), SafetensorsSource(sorted(model.glob("*.safetensors")))
-    artifact = None
+    source = SafetensorsSource(sorted(model.glob("*.safetensors")))
+    return make(AutoConfig.from_pretrained(model), source, slug, "cpu", str(model))
+
+
+def make(config: PretrainedConfig, source: TensorSource, slug: str, device: str, key: str) -> LoadedModel:
+    """The variant `slug` of a checkpoint, quantized and loaded on `device`; its artifact is never written."""
+    recipe, artifact = parse_recipe(slug), None
     if not recipe.is_baseline:
         artifact = MemorySource()
-        quantize(config, source, recipe, artifact.__setitem__)
-    return load_model(config, recipe, source, artifact, device="cpu", shared=SharedTensors(), checkpoint_key=str(model))
+        quantize(config, source, recipe, artifact.__setitem__, device=device)
+    return load_model(config, recipe, source, artifact, device=device, shared=SharedTensors(), checkpoint_key=key)
 
 
 class Bench:

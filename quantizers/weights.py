@@ -206,6 +206,11 @@ def dynamic_map(device: torch.device) -> Tensor:
 
 
 @cache
+def code_book(format_: str) -> tuple[float, ...]:
+    """What each of the 16 codes of `nf4` or `fp4` stands for, in units of its block's absmax."""
+    return NF4_TABLE if format_ == "nf4" else FP4_TABLE
+
+
 def table(format_: str, device: torch.device) -> Tensor:
-    """fp32 [16]: what each code of `nf4` or `fp4` stands for, in units of its block's absmax."""
-    return torch.tensor(NF4_TABLE if format_ == "nf4" else FP4_TABLE, device=device)
+    """`code_book` as fp32 [16]."""
+    return torch.tensor(code_book(format_), device=device)

@@ -14,7 +14,7 @@ from quantizers.kernels.base import Kernel, LayerKind
 from quantizers.kernels.cuda import layout
 from quantizers.packing import unpack
 from quantizers.scheme import BNB_BLOCK, BnbScheme, IntegerScheme
-from quantizers.weights import FP4_TABLE, NF4_TABLE, QuantizedWeight, Spec, block_absmax, groups, is_plain_int8
+from quantizers.weights import QuantizedWeight, Spec, block_absmax, code_book, groups, is_plain_int8
 
 _DTYPES = (torch.bfloat16, torch.float16)
 _WIDTHS = (2, 3, 4, 8)
@@ -127,7 +127,7 @@ class TritonCodeBook(Kernel):
             high=None,
             scale=buffers["absmax"],
             zero=None,
-            book=NF4_TABLE if self._scheme.format == "nf4" else FP4_TABLE,
+            book=code_book(self._scheme.format),
         )
         return _product(x, prepared, bias)
 
