@@ -12,6 +12,7 @@ import json
 import sys
 import time
 from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from quantizers.errors import PrecisError
 from quantizers.evaluate import evaluate
 from quantizers.memory import trim_heap
 from quantizers.model import LoadedModel, load_model, stored_layers
-from quantizers.pipeline import QuantizationResult, quantize
+from quantizers.pipeline import Progress, QuantizationResult, quantize
 from quantizers.recipe import Recipe, parse_recipe
 from quantizers.report import Report
 from quantizers.scheme import IntegerScheme
@@ -33,6 +34,7 @@ from quantizers.shared import SharedTensors
 from quantizers.skeleton import put_tensor, skeleton
 from quantizers.tensors import TensorSource
 from quantizers.weights import QuantizedWeight, tensor_specs
+from server.console import Share, bar
 from server.text.tokenizer import Tokenizer
 
 LENGTH = 512
@@ -102,7 +104,9 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         artifact = Artifact()
         trim_heap()  # what earlier models left behind would hide the run's own peak
         started = time.monotonic()
-        result = quantize(config, source, recipe, artifact.__setitem__, calibration=calibration, keeps_artifact=True)
+        with bar(recipe.slug) as show:
+            progress = partial(_show, show)
+            result = quantize(config, source, recipe, artifact.__setitem__, calibration=calibration, progress=progress, keeps_artifact=True)
         row = _facts(recipe, result, time.monotonic() - started)
         models = {"fp32": load_dequantized(config, source, recipe, artifact)}
         if not arguments.only_fp32:
@@ -137,6 +141,10 @@ def load_dequantized(config: PretrainedConfig, source: TensorSource, recipe: Rec
     for name in set(artifact) - taken:
         put_tensor(loaded.model, name, artifact[name].float())
     return loaded
+
+
+def _show(show: Share, progress: Progress) -> None:
+    show(progress.stage, progress.done / max(1, progress.total))
 
 
 def _facts(recipe: Recipe, result: QuantizationResult, seconds: float) -> dict[str, Any]:
