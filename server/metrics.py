@@ -5,6 +5,7 @@ Counters and histograms are written where things happen, through a RequestMeter 
 
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
@@ -45,7 +46,9 @@ class Metrics:
         self.request_duration = self._latency("request_duration_seconds", "arrival to last byte")
         self.queue_duration = self._latency("queue_duration_seconds", "arrival to first scheduled step")
         self.time_to_first_token = self._latency("time_to_first_token_seconds", "arrival to first token")
-        self.inter_token_latency = self._latency("inter_token_latency_seconds", "between consecutive tokens of a sequence")
+        self.inter_token_latency = self._latency(
+            "inter_token_latency_seconds", "between consecutive tokens of a sequence; those that come in one message share its time"
+        )
         self.prompt_tokens_total = self._counter("prompt_tokens", "prompt tokens of accepted sequences", *VARIANT)
         self.cached_tokens_total = self._counter("prompt_tokens_cached", "prompt tokens taken from the cache", *VARIANT)
         self.generated_tokens_total = self._counter("generated_tokens", "generated tokens", *VARIANT)
@@ -69,6 +72,15 @@ class Metrics:
         return self._histogram(name, text, LATENCY_BUCKETS, *VARIANT)
 
 
+@dataclass
+class _Message:
+    """came: when. seconds_each: between its tokens, None in the first. to_come: of its tokens, not counted yet."""
+
+    came: float
+    seconds_each: float | None
+    to_come: int
+
+
 class RequestMeter:
     """One HTTP request from arrival to last byte. `finish` counts it once, whoever calls it first."""
 
@@ -76,7 +88,7 @@ class RequestMeter:
         self._metrics = metrics
         self._endpoint = endpoint
         self._arrival = time.perf_counter()
-        self._last_token: dict[int, float] = {}  # choice -> when its newest token came
+        self._messages: dict[int, _Message] = {}  # choice -> the newest of the engine's messages that brought tokens of it
         self._of_tokens: tuple[Counter, Histogram] | None = None
         self._queued = False
         self._finished = False
@@ -90,8 +102,9 @@ class RequestMeter:
         self._metrics.prompt_tokens_total.labels(*self._labels).inc(prompt_tokens)
         self._metrics.prompt_tokens.labels(*self._labels).observe(prompt_tokens)
 
-    def token(self, choice: int) -> None:
-        """Another token of a choice. `variant` is known by now, and is not changed any more."""
+    def token(self, choice: int, together: int = 1) -> None:
+        """Another token of a choice; so many of it, this one counted, came in one message, and each has an equal part of the time since
+        the message before. `variant` is known by now, and is not changed any more."""
         now = time.perf_counter()
         if self._of_tokens is None:
             self._metrics.time_to_first_token.labels(*self._labels).observe(now - self._arrival)
@@ -101,9 +114,13 @@ class RequestMeter:
                 self._metrics.inter_token_latency.labels(*self._labels),
             )
         generated, latency = self._of_tokens
-        if choice in self._last_token:
-            latency.observe(now - self._last_token[choice])
-        self._last_token[choice] = now
+        message = self._messages.get(choice)
+        if message is None or message.to_come == 0:
+            each = None if message is None else (now - message.came) / together
+            message = self._messages[choice] = _Message(now, each, together)
+        message.to_come -= 1
+        if message.seconds_each is not None:
+            latency.observe(message.seconds_each)
         generated.inc()
 
     def sequence(self, cached_tokens: int, output_tokens: int) -> None:

@@ -92,7 +92,7 @@ async def run_choice(engine: Engine, choice: Choice, tokenizer: Tokenizer, meter
                 offset = len(opening.text)
                 yield opening
             elif isinstance(event, Token):
-                meter.token(choice.index)
+                meter.token(choice.index, event.together)
                 shown = text.add(event)
                 piece = _with_calls(_piece(choice.index, shown, offset, text.token_count), calls)
                 if text.stopped or (calls is not None and calls.complete):

@@ -8,6 +8,7 @@ row. Variants are not loaded ahead then: the first request of each brings its fo
 import asyncio
 import itertools
 import logging
+from collections import Counter
 from collections.abc import AsyncGenerator
 
 from quantizers.errors import EngineUnavailable, NotFound, PrecisError
@@ -212,9 +213,10 @@ class EngineClient:
             if stream is not None:  # else its caller has left, and the worker did not know yet
                 stream.put_nowait(to_error(report.event) if isinstance(report.event, Failed) else report.event)
         elif isinstance(report, StepTokens):
+            together = Counter(call for call, _ in report.tokens)
             for call, token_id in report.tokens:
                 if (stream := self._streams.get(call)) is not None:
-                    stream.put_nowait(Token(token_id=token_id))
+                    stream.put_nowait(Token(token_id=token_id, together=together[call]))
         elif isinstance(report, Reply):
             reply = self._replies.get(report.call)
             if reply is None or reply.done():

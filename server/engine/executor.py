@@ -64,23 +64,20 @@ class Chunk:
 
 def ragged_batch(chunks: Sequence[Chunk]) -> RaggedBatch:
     """Lay `chunks`, at least one and none empty, one after the other."""
-    lengths = [len(chunk.token_ids) for chunk in chunks]
-    query_start = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
+    token_ids: list[int] = []
+    positions: list[int] = []
+    query_start = [0]
+    logits_rows: list[int] = []
     tables = np.zeros((len(chunks), max(len(chunk.block_table) for chunk in chunks)), np.int32)
     for table, chunk in zip(tables, chunks, strict=True):
         table[: len(chunk.block_table)] = chunk.block_table
-    return RaggedBatch(
-        token_ids=np.concatenate([np.asarray(chunk.token_ids, np.int32) for chunk in chunks]),
-        positions=np.concatenate([np.arange(chunk.start, chunk.start + len(chunk.token_ids), dtype=np.int32) for chunk in chunks]),
-        query_start=query_start,
-        block_tables=tables,
-        logits_rows=np.concatenate(
-            [
-                np.arange(first + chunk.logits_from, last, dtype=np.int32)
-                for first, last, chunk in zip(query_start, query_start[1:], chunks, strict=False)
-            ]
-        ),
-    )
+        first, count = query_start[-1], len(chunk.token_ids)
+        token_ids += chunk.token_ids
+        positions += range(chunk.start, chunk.start + count)
+        query_start.append(first + count)
+        logits_rows += range(first + chunk.logits_from, first + count)
+    flat = (np.array(each, np.int32) for each in (token_ids, positions, query_start))
+    return RaggedBatch(*flat, block_tables=tables, logits_rows=np.array(logits_rows, np.int32))
 
 
 class Executor(Protocol):
@@ -105,6 +102,11 @@ class Executor(Protocol):
     @property
     def held_bytes(self) -> int:
         """What it holds beside the model, the cache and what a step needs in passing."""
+        ...
+
+    @property
+    def largest(self) -> Int32 | None:
+        """[R], of each row of the last `forward`: its first largest logit, or -1 where one of them is not finite; None: nobody looked."""
         ...
 
     def allocate(self, num_blocks: int) -> None:

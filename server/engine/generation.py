@@ -64,7 +64,7 @@ class Generation:
         """
         prompt = self._request.prompt_token_ids
         following = prompt[work.logits_from + 1 : work.end + 1]
-        if self.scored and following:
+        if following:
             rows = logits[: len(following)]
             check_finite(rows)
             self._logprobs += token_logprobs(rows, following, self._sampling.prompt_logprobs or 0)

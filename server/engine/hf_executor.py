@@ -15,7 +15,7 @@ from quantizers.skeleton import BUILDING
 from server.engine import paged_attention
 from server.engine.decode_buckets import DecodeBuckets, DecodeInputs, NotRecordable, Record
 from server.engine.device import move
-from server.engine.executor import Chunk, RaggedBatch, ragged_batch
+from server.engine.executor import Chunk, Int32, RaggedBatch, ragged_batch
 from server.engine.paged_attention import DecodeStep, LayerCache, LayerShape, PagedStep, Probe, attending
 
 logger = logging.getLogger(__name__)
@@ -35,6 +35,7 @@ class HfExecutor:
 
     name = "transformers"
     block_size = BLOCK_SIZE
+    largest: Int32 | None = None
 
     def __init__(
         self, model: PreTrainedModel, config: PretrainedConfig, record: Record | None = None, *, cache_dtype: torch.dtype | None = None

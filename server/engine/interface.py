@@ -77,9 +77,12 @@ class Started(_Message):
 
 
 class Token(_Message):
+    """together: how many tokens of the request, this one counted, came out of the worker in one message."""
+
     event: Literal["token"] = "token"
     token_id: int
     logprob: TokenLogprob | None = None
+    together: int = 1
 
 
 class Finished(_Message):

@@ -302,6 +302,7 @@ class Loop:
                 self._expire()
                 if self._jobs:
                     return self._turns.next(self._jobs)
+                self._outbox.flush()
                 self._lock.wait(_DEADLINE_SECONDS if self._waiting else None)
             return None
 
@@ -349,6 +350,8 @@ class Loop:
             self._computing = {job.call for job in stepping}
             for job in stepping:
                 self._tell(job, self._generation(job).begin())
+            generates = twin is None and all(work.count == 1 for work in step.work)
+            self._outbox.before(runner.cost.seconds(sum(work.rows for work in step.work)) if generates else None)
         began = time.perf_counter()
         try:
             outcomes = compute(runner.executor, step, {job.call: self._generation(job) for job in stepping})
@@ -393,7 +396,6 @@ class Loop:
                     scheduler.confirm(work, max(0, len(outcome) - 1))
                     continue
             ended += 1
-        self._outbox.flush()
         return ended > 0
 
     def _draft(self, twin: Twin, generations: list[Generation], runner: Runner) -> dict[int, list[int]]:

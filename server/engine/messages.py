@@ -64,7 +64,7 @@ class RequestEvent(_Frame):
 
 
 class StepTokens(_Frame):
-    """Tokens without log-probabilities, as (call, token id): what RequestEvents with a Token each would say, for a whole step at once."""
+    """Tokens without log-probabilities, as (call, token id), of one step or several: what RequestEvents with a Token each would say."""
 
     type: Literal["tokens"] = "tokens"
     tokens: tuple[tuple[int, int], ...]

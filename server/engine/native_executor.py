@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from quantizers.kernels.cpu.step import BLOCK_SIZE, NativeStep
-from server.engine.executor import RaggedBatch
+from server.engine.executor import Int32, RaggedBatch
 
 
 class NativeExecutor:
@@ -20,6 +20,7 @@ class NativeExecutor:
         self.bytes_per_block = self._step.bytes_per_block
         self.cache_dtype: torch.dtype = self._step.cache_dtype
         self.held_bytes = self._step.bytes
+        self.largest: Int32 | None = None
 
     @staticmethod
     def why_not(model: nn.Module) -> str | None:
@@ -42,4 +43,6 @@ class NativeExecutor:
 
     def forward(self, batch: RaggedBatch) -> Tensor:
         assert self._step is not None, "a step needs a cache"
-        return self._step.forward(batch.token_ids, batch.positions, batch.query_start, batch.block_tables, batch.logits_rows)
+        logits = self._step.forward(batch.token_ids, batch.positions, batch.query_start, batch.block_tables, batch.logits_rows)
+        self.largest = self._step.largest
+        return logits

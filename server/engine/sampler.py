@@ -124,6 +124,7 @@ def choose(logits: Tensor, u: Sequence[float]) -> Tensor:
     return torch.minimum(found, torch.searchsorted(cumulative, total))[:, 0]
 
 
+@one_thread()
 def token_logprobs(logits: Tensor, token_ids: Sequence[int], top: int) -> list[TokenLogprob]:
     """Natural-log probabilities of `token_ids` [rows] under `logits` [rows, vocab] fp32, with the `top` likeliest of each row."""
     logprobs = logits.log_softmax(-1)
@@ -195,6 +196,11 @@ class Sampler:
         return self._bans or any(part is not None for part in parts)
 
     @property
+    def takes_largest(self) -> bool:
+        """Whether the next token is the first largest logit's, of which nothing else is wanted."""
+        return self.greedy and self._sampling.logprobs is None and not self.adjusts
+
+    @property
     def complete(self) -> bool:
         """Nothing can follow but the end, and that need not be waited for."""
         return self._constraint is not None and self._constraint.complete
@@ -247,7 +253,6 @@ class Sampler:
         )
 
 
-@one_thread()
 def sample(rows: Sequence[Tensor], samplers: Sequence[Sampler]) -> list[Sampled | PrecisError]:
     """The next token of every sequence after its row [vocab] of logits, any floating dtype, and its log-probability on demand.
 
@@ -288,6 +293,7 @@ def _largest(row: Tensor) -> tuple[int, bool, bool]:
     return token, spoiled, spoiled
 
 
+@one_thread()
 def decide(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
     """int64 [3, rows] on the device: the next token after each row of `logits` [rows, vocab] fp32, which means nothing where the second
     is 1, as the options leave no token, or the third, as the row is not finite.

@@ -1,19 +1,29 @@
 """From a planned step to the next token of each sequence: one forward pass, one batched choice, failures kept to their rows."""
 
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from quantizers.errors import OutOfMemory, PrecisError
-from server.engine.executor import Chunk, Executor, ragged_batch
+from server.engine.executor import Chunk, Executor, Int32, ragged_batch
 from server.engine.generation import Generation
-from server.engine.sampler import NonFiniteLogits, Sampled, is_finite, sample
+from server.engine.sampler import NonFiniteLogits, Sampled, Sampler, is_finite, sample
 from server.engine.scheduler import Step, Work
 
 logger = logging.getLogger(__name__)
+
+
+class _Rows(NamedTuple):
+    """Logits [positions, vocab] that one work wants, and of each row what the executor says of its largest."""
+
+    logits: Tensor
+    largest: Int32 | None
+
 
 # The next tokens, those of a draft that were right and one more; none where none follows yet or is wanted; or what went wrong.
 Outcome = tuple[Sampled, ...] | PrecisError
@@ -29,13 +39,13 @@ def compute(executor: Executor, step: Step, generations: Mapping[int, Generation
     for work in step.work:
         if work.samples:
             generations[work.sequence.call].sampler.prepare()
-    logits = _forward(executor, step.work, generations)
+    found = _forward(executor, step.work, generations)
     for index, work in enumerate(step.work):
-        if work.draft and not _is_sound(logits[index], work):
-            logits[index] = _without_draft(executor, work, generations)
+        if work.draft and not _is_sound(found[index], work):
+            found[index] = _without_draft(executor, work, generations)
     outcomes: list[Outcome] = []
-    for work, rows in zip(step.work, logits, strict=True):
-        outcomes.append(rows if isinstance(rows, PrecisError) else _score(generations[work.sequence.call], work, rows))
+    for work, rows in zip(step.work, found, strict=True):
+        outcomes.append(rows if isinstance(rows, PrecisError) else _score(generations[work.sequence.call], work, rows.logits))
     active = [
         index
         for index, work in enumerate(step.work)
@@ -43,49 +53,68 @@ def compute(executor: Executor, step: Step, generations: Mapping[int, Generation
     ]
     drafted = 0  # of the draft, that were right in all of `active`
     while active:
-        next_rows = [_next_row(logits[index], step.work[index], drafted) for index in active]
-        sampled = sample(next_rows, [generations[step.work[index].sequence.call].sampler for index in active])
-        for index, found in zip(active, sampled, strict=True):
+        places = [_place(found[index], step.work[index], drafted) for index in active]
+        sampled = _choose(places, [generations[step.work[index].sequence.call].sampler for index in active])
+        for index, token in zip(active, sampled, strict=True):
             before = outcomes[index]
             assert not isinstance(before, PrecisError), "who failed is not active"
-            if not isinstance(found, PrecisError):
-                outcomes[index] = (*before, found)
+            if not isinstance(token, PrecisError):
+                outcomes[index] = (*before, token)
             elif not before:
-                outcomes[index] = found  # else the next step comes to the same failure, with what was right told before
-        active = [index for index in active if _goes_on(step.work[index], outcomes[index], logits[index], generations)]
+                outcomes[index] = token  # else the next step comes to the same failure, with what was right told before
+        active = [index for index in active if _goes_on(step.work[index], outcomes[index], found[index], generations)]
         drafted += 1
     return outcomes
 
 
-def _next_row(logits: Tensor | PrecisError, work: Work, drafted: int) -> Tensor:
-    """Logits [vocab] behind everything known of a sequence and `drafted` tokens of its draft."""
-    assert isinstance(logits, Tensor), "who failed is not active"
-    return logits[work.end - work.logits_from - 1 + drafted]
+def _place(rows: _Rows | PrecisError, work: Work, drafted: int) -> tuple[_Rows, int]:
+    """The row of logits behind everything known of a sequence and `drafted` tokens of its draft."""
+    assert isinstance(rows, _Rows), "who failed is not active"
+    return rows, work.end - work.logits_from - 1 + drafted
 
 
-def _goes_on(work: Work, outcome: Outcome, logits: Tensor | PrecisError, generations: Mapping[int, Generation]) -> bool:
+def _choose(places: Sequence[tuple[_Rows, int]], samplers: Sequence[Sampler]) -> list[Sampled | PrecisError]:
+    """As `sample`; where all that is wanted is a largest logit that the executor has found already, nobody looks at the logits again."""
+    tokens = [
+        int(rows.largest[row]) if rows.largest is not None and sampler.takes_largest else -1
+        for (rows, row), sampler in zip(places, samplers, strict=True)
+    ]
+    rest = [index for index, token in enumerate(tokens) if token < 0]  # those with a logit that is not finite too
+    others = iter(
+        sample([places[index][0].logits[places[index][1]] for index in rest], [samplers[index] for index in rest]) if rest else ()
+    )
+    for token, sampler in zip(tokens, samplers, strict=True):
+        if token >= 0:
+            sampler.accept(token)
+    return [(token, None) if token >= 0 else next(others) for token in tokens]
+
+
+def _goes_on(work: Work, outcome: Outcome, rows: _Rows | PrecisError, generations: Mapping[int, Generation]) -> bool:
     """Whether the newest token is the draft's, so that the logits behind it hold; there are none where the draft was dropped."""
-    assert isinstance(logits, Tensor), "who failed is not active"
-    if isinstance(outcome, PrecisError) or not 0 < len(outcome) <= len(logits) - (work.end - work.logits_from):
+    assert isinstance(rows, _Rows), "who failed is not active"
+    if isinstance(outcome, PrecisError) or not 0 < len(outcome) <= len(rows.logits) - (work.end - work.logits_from):
         return False
     token, _ = outcome[-1]
     return token == work.draft[len(outcome) - 1] and not generations[work.sequence.call].ends_with(token)
 
 
-def _is_sound(logits: Tensor | PrecisError, work: Work) -> bool:
+def _is_sound(rows: _Rows | PrecisError, work: Work) -> bool:
     """Whether what is known of a sequence was computed well beside its draft."""
-    return isinstance(logits, Tensor) and is_finite(logits[: work.end - work.logits_from])
+    return isinstance(rows, _Rows) and is_finite(rows.logits[: work.end - work.logits_from])
 
 
-def _without_draft(executor: Executor, work: Work, generations: Mapping[int, Generation]) -> Tensor | PrecisError:
+def _without_draft(executor: Executor, work: Work, generations: Mapping[int, Generation]) -> _Rows | PrecisError:
     """Logits of `work` again: nobody fails for a token that was only guessed. The newest token stands in the draft's place, so that
     nothing of it stays in the cache, where a NaN would spoil products that leave it out."""
     stand_in = (work.sequence.tokens[work.end - 1],) * len(work.draft)
-    (logits,) = _forward(executor, [replace(work, draft=stand_in)], generations)
-    return logits if isinstance(logits, PrecisError) else logits[: work.end - work.logits_from]
+    (rows,) = _forward(executor, [replace(work, draft=stand_in)], generations)
+    count = work.end - work.logits_from
+    return rows if isinstance(rows, PrecisError) else _Rows(rows.logits[:count], None if rows.largest is None else rows.largest[:count])
 
 
 def _score(generation: Generation, work: Work, rows: Tensor) -> Outcome:
+    if not generation.scored:
+        return ()
     try:
         generation.score(work, rows)
     except NonFiniteLogits as error:
@@ -93,8 +122,8 @@ def _score(generation: Generation, work: Work, rows: Tensor) -> Outcome:
     return ()
 
 
-def _forward(executor: Executor, work: Sequence[Work], generations: Mapping[int, Generation]) -> list[Tensor | PrecisError]:
-    """Logits [wanted positions, vocab] of each work. Where the batch as a whole fails, each is tried alone: only the guilty fail."""
+def _forward(executor: Executor, work: Sequence[Work], generations: Mapping[int, Generation]) -> list[_Rows | PrecisError]:
+    """Of each work. Where the batch as a whole fails, each is tried alone: only the guilty fail."""
     try:
         logits = executor.forward(ragged_batch([_chunk(one) for one in work]))
     except torch.AcceleratorError:
@@ -103,7 +132,15 @@ def _forward(executor: Executor, work: Sequence[Work], generations: Mapping[int,
         if len(work) > 1:
             return [result for one in work for result in _forward(executor, [one], generations)]
         return [translate(error, f"request {generations[work[0].sequence.call].id}")]
-    return list(torch.split(logits, [one.end - one.logits_from + len(one.draft) for one in work]))
+    largest = executor.largest
+    if len(work) == 1:
+        return [_Rows(logits, largest)]
+    counts = [one.end - one.logits_from + len(one.draft) for one in work]
+    ends = list(itertools.accumulate(counts))
+    return [
+        _Rows(rows, None if largest is None else largest[end - count : end])
+        for rows, count, end in zip(torch.split(logits, counts), counts, ends, strict=True)
+    ]
 
 
 def _chunk(work: Work) -> Chunk:

@@ -384,6 +384,35 @@ def test_what_cannot_run_is_said() -> None:
     assert NativeStep.supports(small("llama")) is None
 
 
+@pytest.mark.parametrize("isa", available())
+@pytest.mark.parametrize("threads", [1, 2, 7])
+def test_the_first_largest_logit_of_every_row(isa: str, threads: int) -> None:
+    library.select_instruction_set(isa)
+    torch.set_num_threads(threads)
+    model = small("llama")
+    weight = model.lm_head.weight.detach().clone()
+    ids = text(model, 40)
+
+    def found(head: Tensor) -> tuple[list[int], Tensor]:
+        """Of a prompt, and of one token more behind it."""
+        model.lm_head.weight = torch.nn.Parameter(head)
+        cache = Cache(model)
+        logits = cache.feed(ids)
+        largest = cache.step.largest.tolist()
+        one = cache.feed([1], start=len(ids))
+        return largest + cache.step.largest.tolist(), torch.cat([logits, one])
+
+    largest, logits = found(weight.clone())
+    assert largest == logits.numpy().argmax(-1).tolist()
+    largest, logits = found(weight[7].repeat(len(weight), 1) * torch.tensor([-1.0] * 200 + [1.0] * (len(weight) - 200))[:, None])
+    assert largest == [200 if row[-1] > 0 else 0 for row in logits], "the first of equal ones"
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        for row in (0, 150, len(weight) - 1):
+            damaged = weight.clone()
+            damaged[row] = bad
+            assert found(damaged)[0] == [-1] * 41
+
+
 GOOD: dict[str, np.ndarray] = {
     "token_ids": ints(1, 2, 3),
     "positions": ints(0, 1, 0),

@@ -1,6 +1,7 @@
 """The scrape: names and labels of the documentation's table, values that follow what was asked, and no label of a caller's making."""
 
 import re
+import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,24 @@ def test_a_request_from_arrival_to_end() -> None:
     assert {name: value(text, name, **VARIANT) for name in expected} == expected
     assert value(text, "precis_requests_total", **VARIANT, endpoint="completions", outcome="length") == 1
     assert value(text, "precis_requests_total", **VARIANT, endpoint="completions", outcome="cancelled") is None
+
+
+def test_tokens_of_one_message_share_the_time_since_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    metrics = Metrics()
+    meter = RequestMeter(metrics, "completions")
+    meter.variant = KEY
+    for seconds, together in ((0.0, 1), (0.03, 3), (0.2, 1)):
+        now += seconds
+        for _ in range(together):
+            meter.token(0, together)
+            meter.token(1, together)
+    text = metrics.exposition()
+    assert value(text, "precis_inter_token_latency_seconds_count", **VARIANT) == 8
+    assert value(text, "precis_inter_token_latency_seconds_sum", **VARIANT) == pytest.approx(2 * 0.23)
+    assert value(text, "precis_inter_token_latency_seconds_bucket", **VARIANT, le="0.015") == 6
+    assert value(text, "precis_time_to_first_token_seconds_sum", **VARIANT) == 0
 
 
 def test_counter_and_histogram_of_one_stem_do_not_clash() -> None:

@@ -63,6 +63,8 @@ class NativeStep:
         self._seconds = (ctypes.c_double * len(PHASES))()
         self._cache = torch.empty(0, dtype=torch.uint8)
         self._blocks = 0
+        self.largest: Int32 = np.empty(0, np.int32)
+        """[R], of each row of the last `forward`: its first largest logit, or -1 where one of them is not finite."""
         self._cos = self._sin = torch.empty(0, self._facts.head_dim // 2)
         self._grow_rotary(_FIRST_POSITIONS)
 
@@ -137,6 +139,7 @@ class NativeStep:
             raise InvalidInput(f"{counts}: there must be as many positions as tokens (one or more), and one query_start more than tables")
         self._grow_rotary(int(arrays[1].max()) + 1)
         logits = torch.empty(len(arrays[3]), self._facts.vocab)
+        self.largest = np.empty(len(arrays[3]), np.int32)
         batch = Batch(
             tokens=len(arrays[0]),
             sequences=len(tables),
@@ -150,6 +153,7 @@ class NativeStep:
             sin=self._sin.data_ptr(),
             cache=self._cache.data_ptr(),
             logits=logits.data_ptr(),
+            largest=self.largest.ctypes.data,
         )
         self._run(batch)
         return logits

@@ -33,5 +33,5 @@ class Model(Structure):
 class Batch(Structure):
     _fields_ = (
         *((name, c_int64) for name in ("tokens", "sequences", "table_width", "logit_rows", "blocks", "positions")),
-        *((name, c_void_p) for name in ("id", "position", "query_start", "table", "logit_row", "cos", "sin", "cache", "logits")),
+        *((name, c_void_p) for name in ("id", "position", "query_start", "table", "logit_row", "cos", "sin", "cache", "logits", "largest")),
     )

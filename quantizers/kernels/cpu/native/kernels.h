@@ -5,6 +5,9 @@
 // exception: the bf16 products of AVX2 keep subnormal numbers, below 1.2e-38, which the others take and give as zero.
 #pragma once
 
+#include <cmath>
+#include <cstdint>
+
 #include "activations.h"
 #include "ahead.h"
 
@@ -36,6 +39,18 @@ struct AttendCall {
     float* out;      // [rows][head_dim], every `stride`th row; not yet divided by the sum
 };
 
+// Of numbers seen so far.
+struct Largest {
+    float value = -INFINITY;
+    int32_t index = -1;  // of the first that is so large
+    bool finite = true;  // all of them
+
+    void join(const Largest& other) {
+        finite &= other.finite;
+        if (other.value > value || (other.value == value && other.index < index)) value = other.value, index = other.index;
+    }
+};
+
 constexpr int kQueries = 8;
 constexpr int kBlockTokens = 16;  // positions of a cache block: one lane each
 constexpr int kChunkBlocks = 4;
@@ -61,6 +76,8 @@ struct Kernels {
     void (*attend)(const AttendCall& call);
     // What `attend` left for the chunks of one row -> result [head_dim]. `weight` has room for `chunks`.
     void (*combine)(const float* max, const float* sum, const float* out, int chunks, int head_dim, float* weight, float* result);
+    // The numbers `first` to first + n - 1, which are x [n], among those that `seen` knows.
+    void (*largest)(const float* x, int n, int32_t first, Largest& seen);
 };
 
 // Two blocks unpacked to bytes, with their scales and zeros as floats.

@@ -23,9 +23,7 @@ struct V {
     // Lanes below `count` of x, the others of y.
     PRECIS_INLINE static F first(int count, F x, F y) { return _mm512_mask_blend_ps(static_cast<__mmask16>((1u << count) - 1), y, x); }
     // x * 2^n for whole n in [-126, 127].
-    PRECIS_INLINE static F scale2(F x, F n) {
-        return mul(x, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23)));
-    }
+    PRECIS_INLINE static F scale2(F x, F n) { return _mm512_scalef_ps(x, n); }
     PRECIS_INLINE static float sum(F x) {
         const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
         return sum_eight(eight);

@@ -346,11 +346,21 @@ private:
             k_.rms_norm(s_.x_.get() + b_.logit_row[r] * m_.hidden, m_.final_norm, m_.epsilon, static_cast<int>(m_.hidden), y);
             in.fill(k_, y, r);
         });
+        Largest* largest = mine(index).largest.get();
+        std::fill(largest, largest + count, Largest{});
         share(team, index, kHeadUnits, in, unit_count(m_.head, count), [&](const Activations& a, int64_t begin, int64_t end) {
-            multiply(k_, m_.head, a, begin, end, b_.logits + begin * unit_rows(count), m_.vocab, mine(index).panel.get(), ahead(index));
+            const int64_t row0 = begin * unit_rows(count), row1 = std::min(m_.vocab, end * unit_rows(count));
+            float* logits = b_.logits + row0;
+            multiply(k_, m_.head, a, begin, end, logits, m_.vocab, mine(index).panel.get(), ahead(index));
+            for (int r = 0; r < count; r++, logits += m_.vocab) k_.largest(logits, static_cast<int>(row1 - row0), static_cast<int32_t>(row0), largest[r]);
         });
         mark(index, Phase::kHead);
         wait(team, index);
+        if (index != 0) return;
+        for (int r = 0; r < count; r++) {
+            for (int other = 1; other < team.size(); other++) largest[r].join(s_.local_[static_cast<size_t>(other)].largest.get()[r]);
+            b_.largest[r] = largest[r].finite ? largest[r].index : -1;
+        }
     }
 
     Local& mine(int index) { return s_.local_[static_cast<size_t>(index)]; }

@@ -43,7 +43,8 @@ struct Batch {
     const float* cos;            // [positions][head_dim / 2]
     const float* sin;
     uint8_t* cache;
-    float* logits;  // [logit_rows][vocab]
+    float* logits;    // [logit_rows][vocab]
+    int32_t* largest;  // [logit_rows]: where the first largest logit of a row is, -1 where one of them is not finite
 };
 
 enum class Phase { kNorm, kQkv, kCache, kAttention, kOut, kMlp, kDown, kHead, kWait, kCount };
@@ -96,6 +97,7 @@ private:
         Buffer<uint8_t> panel;
         Ahead ahead;
         std::vector<int32_t> blocks;  // of `ahead`
+        Buffer<Largest> largest;  // [logit_rows], of those that this thread computed
         Buffer<float> max, sum, partial, weight;  // chunks of the unit that is worked on
         size_t bytes() const;
     };

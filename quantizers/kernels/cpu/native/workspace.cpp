@@ -27,6 +27,7 @@ void Step::reserve(const Batch& b, int threads) {
         if (reads) mine.out.prepare(out, static_cast<int>(b.tokens), attended, nullptr);
         if (reads) mine.down.prepare(down, static_cast<int>(b.tokens), m_.intermediate, nullptr);
         if (&mine == &local_[0] || b.logit_rows == 1) mine.head.prepare(bit(m_.head.kind), static_cast<int>(b.logit_rows), m_.hidden, nullptr);
+        mine.largest.reserve(size(b.logit_rows));
         mine.blocks.reserve(size(kAheadBytes / (2 * kBlockTokens * m_.kv_heads * m_.head_dim)));  // no kind of cache has smaller blocks
         mine.row.reserve(size(widest));
         const int64_t products = 2 * std::max<int64_t>(kPanel * b.tokens, kRows * kScratchUnits);
@@ -40,7 +41,7 @@ void Step::reserve(const Batch& b, int threads) {
 }
 
 size_t Step::Local::bytes() const {
-    return hidden.bytes() + out.bytes() + down.bytes() + head.bytes() + row.bytes() + scratch.bytes() + query.bytes() + panel.bytes() + max.bytes() +
+    return largest.bytes() + hidden.bytes() + out.bytes() + down.bytes() + head.bytes() + row.bytes() + scratch.bytes() + query.bytes() + panel.bytes() + max.bytes() +
            sum.bytes() + partial.bytes() + weight.bytes();
 }
 
