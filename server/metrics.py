@@ -47,7 +47,7 @@ class Metrics:
         self.queue_duration = self._latency("queue_duration_seconds", "arrival to first scheduled step")
         self.time_to_first_token = self._latency("time_to_first_token_seconds", "arrival to first token")
         self.inter_token_latency = self._latency(
-            "inter_token_latency_seconds", "between consecutive tokens of a sequence; those that come in one message share its time"
+            "inter_token_latency_seconds", "between tokens of a sequence; those of one message share its time"
         )
         self.prompt_tokens_total = self._counter("prompt_tokens", "prompt tokens of accepted sequences", *VARIANT)
         self.cached_tokens_total = self._counter("prompt_tokens_cached", "prompt tokens taken from the cache", *VARIANT)

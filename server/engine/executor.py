@@ -76,8 +76,13 @@ def ragged_batch(chunks: Sequence[Chunk]) -> RaggedBatch:
         positions += range(chunk.start, chunk.start + count)
         query_start.append(first + count)
         logits_rows += range(first + chunk.logits_from, first + count)
-    flat = (np.array(each, np.int32) for each in (token_ids, positions, query_start))
-    return RaggedBatch(*flat, block_tables=tables, logits_rows=np.array(logits_rows, np.int32))
+    return RaggedBatch(
+        token_ids=np.array(token_ids, np.int32),
+        positions=np.array(positions, np.int32),
+        query_start=np.array(query_start, np.int32),
+        block_tables=tables,
+        logits_rows=np.array(logits_rows, np.int32),
+    )
 
 
 class Executor(Protocol):
