@@ -11,7 +11,8 @@ import torch
 
 from quantizers.errors import OutOfMemory
 
-LARGE_TENSOR = 8 << 20
+LARGE_TENSOR = 8 << 20  # bytes
+_LARGE_WEIGHT = 2 << 20
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _INTERVAL = 0.005  # seconds between samples on a CPU: a layer's scratch space lives for tens of milliseconds
 
@@ -57,16 +58,18 @@ def _private_bytes() -> int:
     return int(memory.rss - getattr(memory, "shared", 0))
 
 
-def keep_large_tensors_apart() -> None:
-    """Have tensors of LARGE_TENSOR bytes and more in pages of their own, which go back when they are freed, where the C library can.
+def keep_large_tensors_apart(*, tokens_flow: bool) -> None:
+    """Have large tensors in pages of their own, which go back when they are freed, where the C library can.
 
     glibc raises that bound by itself to 32 MB and keeps freed pages for later, which made the peak half as large again as what was
-    alive. Smaller tensors still come from the heap: giving pages back and zeroing new ones would cost a third of the time.
+    alive. Where tokens flow through blocks, those below LARGE_TENSOR still come from the heap: giving pages back and zeroing new ones
+    would cost a third of the time. Where only weights are worked on, it costs a second a model.
     """
+    bound = LARGE_TENSOR if tokens_flow else _LARGE_WEIGHT
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, LARGE_TENSOR)
-        mallopt(_M_TRIM_THRESHOLD, LARGE_TENSOR)  # setting the one makes the other small, and the heap would shrink at every chance
+        mallopt(_M_MMAP_THRESHOLD, bound)
+        mallopt(_M_TRIM_THRESHOLD, bound)  # setting the one makes the other small, and the heap would shrink at every chance
 
 
 def trim_heap() -> None:

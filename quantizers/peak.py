@@ -20,6 +20,7 @@ from quantizers.methods.base import LayerGroups, Method
 from quantizers.methods.rtn import Rtn
 from quantizers.mixed import SAMPLES as MIXED_SAMPLES
 from quantizers.model import recipe_layers
+from quantizers.products import in_onednn
 from quantizers.recipe import Recipe
 from quantizers.scheme import MixedScheme
 from quantizers.skeleton import match_tensors, skeleton
@@ -29,6 +30,7 @@ from quantizers.weights import QuantizedScheme, tensor_specs
 _FP32 = 4  # bytes
 # What a process comes to hold besides tensors: the empty model, and what libraries make when they first run.
 _PROCESS = 24 << 20
+_LAID_OUT = 4  # tensors of a chunk's widest layer that oneDNN holds in layouts of its own, measured
 # What training keeps of a token: a layer's input in bf16 and what made it, its output; logits, both distributions, gradients.
 _KEPT_OF_INPUTS, _KEPT_OF_OUTPUTS, _LOGITS = 1.5, 1.0, 5
 _ATTENTION = 8  # tensors of the hidden width that live at once inside of it
@@ -132,7 +134,7 @@ class _Inside:
         widest = max((max(shape) for shape in shapes.values()), default=0)
         # Around a gated product lie four tensors of the inner width and three of the hidden one.
         hidden: int = tokens * text.hidden_size * _FP32
-        product: int = 4 * tokens * widest * _FP32 + 3 * hidden
+        product: int = (4 + _LAID_OUT * in_onednn()) * tokens * widest * _FP32 + 3 * hidden
         self._chunk = product if hidden < LARGE_TENSOR else max(product, _ATTENTION * hidden)
         self._heap = _KEPT * hidden if hidden < LARGE_TENSOR else 0
         if model.config._attn_implementation == "eager":

@@ -124,7 +124,7 @@ def quantize(
     if isinstance(recipe.scheme, FloatScheme):
         raise InvalidInput(f"{recipe.slug} is a baseline: there is nothing to quantize, load it as it is", param="model")
     _check_calibration(config, recipe, calibration)
-    keep_large_tensors_apart()
+    keep_large_tensors_apart(tokens_flow=recipe.needs_calibration)
     trim_heap()  # what was freed before would hide the run's own peak
     with PeakMemory(device) as peak, torch.random.fork_rng(), torch.no_grad(), quick_products():
         torch.manual_seed(seed)

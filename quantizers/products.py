@@ -6,6 +6,12 @@ from contextlib import contextmanager
 import torch
 
 
+def in_onednn() -> bool:
+    """Whether products run there meanwhile."""
+    cpu = torch.cpu.get_capabilities()
+    return cpu.get("architecture") == "x86_64" and not cpu.get("amx_bf16")
+
+
 @contextmanager
 def quick_products() -> Iterator[None]:
     """Meanwhile fp32 matrix products run in oneDNN instead of MKL, which on AMD's AVX-512 cores is half as fast.
@@ -14,8 +20,7 @@ def quick_products() -> Iterator[None]:
     matrix units for that (AMX, and some of ARM's), and three times as many products a second are not worth it: EfficientQAT at 3 bits
     then leaves twice the KL. There nothing is changed.
     """
-    cpu = torch.cpu.get_capabilities()
-    if cpu.get("architecture") != "x86_64" or cpu.get("amx_bf16"):
+    if not in_onednn():
         yield
         return
     matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]

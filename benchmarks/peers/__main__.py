@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -95,13 +96,20 @@ def environment(name: str, console: Console) -> Path:
     if not (folder / "done").exists():
         console.print(f"installing {', '.join(ENVIRONMENTS[name])} into {folder}; this can take minutes")
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-        without_tools = os.environ | {
-            "CMAKE_ARGS": "-DLLAVA_BUILD=OFF -DLLAMA_BUILD_COMMON=OFF"
-        }  # llama.cpp's own programs take longer than it
-        if subprocess.run([str(python), "-m", "pip", "install", "-q", *ENVIRONMENTS[name]], env=without_tools).returncode:
+        options = os.environ | {"CMAKE_ARGS": " ".join(_cmake_options())}
+        if subprocess.run([str(python), "-m", "pip", "install", "-q", "--no-cache-dir", *ENVIRONMENTS[name]], env=options).returncode:
             raise SystemExit(f"{name} could not be installed: leave it out with --only")
         (folder / "done").touch()
     return python
+
+
+def _cmake_options() -> list[str]:
+    """Of llama.cpp: without its own programs, which take longer than it; and without AMX, with which it dies in the first prompt (Q4_1)."""
+    options = ["-DLLAVA_BUILD=OFF", "-DLLAMA_BUILD_COMMON=OFF"]
+    if torch.cpu.get_capabilities().get("amx_int8"):
+        units = ("AVX", "AVX2", "FMA", "F16C", "BMI2", "AVX512", "AVX512_VBMI", "AVX512_VNNI", "AVX512_BF16")
+        options += ["-DGGML_NATIVE=OFF", *(f"-DGGML_{unit}=ON" for unit in units)]
+    return options
 
 
 def start_ours(demo: Path, slug: str, artifact: str, threads: int) -> Running:

@@ -8,7 +8,7 @@ from contender import Tokens, serve, version
 
 class OpenVino:
     def __init__(self, path: str, threads: int) -> None:
-        self._path, self._threads = path, threads
+        self._path, self._threads, self._read = path, threads, 0
 
     def load(self) -> None:
         self._pipeline = openvino_genai.LLMPipeline(self._path, "CPU", INFERENCE_NUM_THREADS=self._threads)
@@ -17,7 +17,8 @@ class OpenVino:
     def prefill(self, prompts: list[Tokens]) -> None:
         if len(prompts) > 1:
             raise NotImplementedError
-        self._prompt = prompts[0]
+        self._read += 1
+        self._prompt = [100 + self._read, *prompts[0][1:]]  # it keeps what it has read: the same prompt again would cost nothing
         self._generate(1)
 
     def decode(self, steps: int) -> float:

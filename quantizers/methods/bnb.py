@@ -5,10 +5,11 @@ bits, 4.127 bits a weight. LLM.int8() takes the columns of the input that hold o
 the same with a threshold of 0.
 """
 
+import sys
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from quantizers.errors import QuantizationFailed, UnsupportedScheme
-from quantizers.methods.base import Method
+from quantizers.methods.base import LayerGroups, Method
 from quantizers.scheme import BnbScheme, LayerScheme
 
 if TYPE_CHECKING:
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
     from quantizers.block import Block
     from quantizers.weights import QuantizedWeight
+
+_LIBRARY_BYTES = 45 << 20  # measured
 
 
 class Bnb(Method):
@@ -29,6 +32,11 @@ class Bnb(Method):
             raise UnsupportedScheme(
                 f"bnb makes the formats int8, int8t<threshold>, nf4, fp4, nf4dq and fp4dq, not {scheme.slug}: use rtn for it", param="model"
             )
+
+    def scratch_bytes(self, groups: LayerGroups) -> int:
+        """A copy, what bitsandbytes makes of it one after the other, and the library itself where nobody has needed it yet."""
+        library = 0 if "bitsandbytes" in sys.modules else _LIBRARY_BYTES
+        return super().scratch_bytes(groups) * 4 // 3 + library
 
     def apply(self, block: "Block") -> None:
         for name, scheme in block.schemes.items():
