@@ -57,9 +57,9 @@ class Hqq(Method):
 
     def scratch_bytes(self, groups: LayerGroups) -> int:
         """Beside what rounding takes, a piece with what was best, what is tried and their errors, and what the heap holds of tensors of
-        so many sizes, about twice as much again.
+        so many sizes, three times as much again.
         """
-        return super().scratch_bytes(groups) + 24 * FP32_BYTES * _WEIGHTS
+        return super().scratch_bytes(groups) + 32 * FP32_BYTES * _WEIGHTS
 
     def apply(self, block: "Block") -> None:
         for name, scheme in block.schemes.items():
