@@ -31,8 +31,9 @@ _FP32 = 4  # bytes
 # What a process comes to hold besides tensors: the empty model, and what libraries make when they first run.
 _PROCESS = 24 << 20
 _LAID_OUT = 4  # tensors of a chunk's widest layer that oneDNN holds in layouts of its own, measured
-# What training keeps of a token: a layer's input in bf16 and what made it, its output; logits, both distributions, gradients.
-_KEPT_OF_INPUTS, _KEPT_OF_OUTPUTS, _LOGITS = 1.5, 1.0, 5
+# What training keeps of a token: a layer's input in bf16 and what made it, its output; logits and log-probabilities of both models, and
+# their gradients.
+_KEPT_OF_INPUTS, _KEPT_OF_OUTPUTS, _LOGITS = 1.5, 1.0, 6
 _ATTENTION = 8  # tensors of the hidden width that live at once inside of it
 _KEPT = 12  # such tensors of a stream that the heap still holds after it ran through a block, where they are small
 
