@@ -12,7 +12,6 @@ import json
 import sys
 import time
 from collections.abc import Collection
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from quantizers.errors import PrecisError
 from quantizers.evaluate import evaluate
 from quantizers.memory import trim_heap
 from quantizers.model import LoadedModel, load_model, stored_layers
-from quantizers.pipeline import Progress, QuantizationResult, quantize
+from quantizers.pipeline import QuantizationResult, quantize
 from quantizers.recipe import Recipe, parse_recipe
 from quantizers.report import Report
 from quantizers.scheme import IntegerScheme
@@ -34,7 +33,8 @@ from quantizers.shared import SharedTensors
 from quantizers.skeleton import put_tensor, skeleton
 from quantizers.tensors import TensorSource
 from quantizers.weights import QuantizedWeight, tensor_specs
-from server.console import Share, bar
+from server.console import bar
+from server.offline import shares
 from server.text.tokenizer import Tokenizer
 
 LENGTH = 512
@@ -105,8 +105,8 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         trim_heap()  # what earlier models left behind would hide the run's own peak
         started = time.monotonic()
         with bar(recipe.slug) as show:
-            progress = partial(_show, show)
-            result = quantize(config, source, recipe, artifact.__setitem__, calibration=calibration, progress=progress, keeps_artifact=True)
+            sink, progress = artifact.__setitem__, shares(show)
+            result = quantize(config, source, recipe, sink, calibration=calibration, progress=progress, keeps_artifact=True)
         row = _facts(recipe, result, time.monotonic() - started)
         models = {"fp32": load_dequantized(config, source, recipe, artifact)}
         if not arguments.only_fp32:
@@ -141,10 +141,6 @@ def load_dequantized(config: PretrainedConfig, source: TensorSource, recipe: Rec
     for name in set(artifact) - taken:
         put_tensor(loaded.model, name, artifact[name].float())
     return loaded
-
-
-def _show(show: Share, progress: Progress) -> None:
-    show(progress.stage, progress.done / max(1, progress.total))
 
 
 def _facts(recipe: Recipe, result: QuantizationResult, seconds: float) -> dict[str, Any]:

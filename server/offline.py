@@ -58,7 +58,7 @@ def quantize(settings: Settings, model: str, slugs: Sequence[str], calibration: 
             except NotFound:
                 with bar(f"{checkpoint.name}@{slug}") as share:
                     shown = calibration if slug in needing else None
-                    variant = make_variant(store, checkpoint.name, slug, device=settings.device, progress=_shares(share), calibration=shown)
+                    variant = make_variant(store, checkpoint.name, slug, device=settings.device, progress=shares(share), calibration=shown)
                 console.print(f"{variant.id}: {variant.bytes / 1e6:.1f} MB in {variant.facts['seconds']:.1f} s", highlight=False)
 
 
@@ -96,7 +96,7 @@ def _measure(
     for slug in slugs:
         if not parse_recipe(slug).is_baseline:
             with bar(f"{checkpoint.name}@{slug}") as share:
-                ensure_variant(store, checkpoint.name, slug, device=device, progress=_shares(share))
+                ensure_variant(store, checkpoint.name, slug, device=device, progress=shares(share))
     shared = SharedTensors()
     config = AutoConfig.from_pretrained(checkpoint.dir, local_files_only=True)
     with ExitStack() as stack, bar("evaluating") as share:
@@ -114,7 +114,7 @@ def _measure(
         executions = {slug: ServedExecution(loaded, config, kv_dtype) for slug, loaded in variants.items()}
         for execution in executions.values():
             stack.callback(execution.close)
-        reports = measure(reference, variants, windows, text, executions=executions, exact=exact, progress=_shares(share))
+        reports = measure(reference, variants, windows, text, executions=executions, exact=exact, progress=shares(share))
     for slug, report in reports.items():
         report = report.model_copy(update={"kv_dtype": executions[slug].kv_dtype})
         reports[slug] = _keep(store, checkpoint, slug, report)
@@ -169,7 +169,9 @@ def _table(name: str, reports: dict[str, Report]) -> Table:
     return table
 
 
-def _shares(share: Share) -> Callable[[Progress], None]:
+def shares(share: Share) -> Callable[[Progress], None]:
+    """Moves a bar with a quantization's progress."""
+
     def show(progress: Progress) -> None:
         loss = "" if progress.loss is None else f", loss {progress.loss:.4g}"
         share(progress.stage, progress.done / progress.total if progress.total else 0.0, loss)

@@ -97,6 +97,7 @@ def environment(name: str, console: Console) -> Path:
         console.print(f"installing {', '.join(ENVIRONMENTS[name])} into {folder}; this can take minutes")
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
         options = os.environ | {"CMAKE_ARGS": " ".join(_cmake_options())}
+        # pip's cache would give back what was compiled with other options.
         if subprocess.run([str(python), "-m", "pip", "install", "-q", "--no-cache-dir", *ENVIRONMENTS[name]], env=options).returncode:
             raise SystemExit(f"{name} could not be installed: leave it out with --only")
         (folder / "done").touch()
@@ -104,7 +105,8 @@ def environment(name: str, console: Console) -> Path:
 
 
 def _cmake_options() -> list[str]:
-    """Of llama.cpp: without its own programs, which take longer than it; and without AMX, with which it dies in the first prompt (Q4_1)."""
+    """Of llama.cpp: without its own programs, which take longer than it; and without AMX, with which it dies in a quantized format's
+    first prompt."""
     options = ["-DLLAVA_BUILD=OFF", "-DLLAMA_BUILD_COMMON=OFF"]
     if torch.cpu.get_capabilities().get("amx_int8"):
         units = ("AVX", "AVX2", "FMA", "F16C", "BMI2", "AVX512", "AVX512_VBMI", "AVX512_VNNI", "AVX512_BF16")

@@ -350,8 +350,7 @@ class Loop:
             self._computing = {job.call for job in stepping}
             for job in stepping:
                 self._tell(job, self._generation(job).begin())
-            generates = twin is None and all(work.count == 1 for work in step.work)
-            self._outbox.before(runner.cost.seconds(sum(work.rows for work in step.work)) if generates else None)
+            self._outbox.before(None if step.reads or twin is not None else runner.cost.seconds(step.rows))
         began = time.perf_counter()
         try:
             outcomes = compute(runner.executor, step, {job.call: self._generation(job) for job in stepping})
@@ -360,8 +359,8 @@ class Loop:
                 self._fail(job.call, translate(error, f"request {job.request.id} on {key}"))
             raise
         seconds = time.perf_counter() - began
-        if all(work.count == 1 for work in step.work):
-            runner.cost.measured(sum(work.rows for work in step.work), seconds)
+        if not step.reads:
+            runner.cost.measured(step.rows, seconds)
         with self._lock:
             self._turns.charge(key, drafting + seconds)
             self._computing = set()

@@ -103,6 +103,16 @@ class Step:
     work: tuple[Work, ...]
     copies: tuple[tuple[int, int], ...]
 
+    @property
+    def rows(self) -> int:
+        """Tokens that it computes."""
+        return sum(work.rows for work in self.work)
+
+    @property
+    def reads(self) -> bool:
+        """Whether more than the newest known token of a sequence is in it, as while a prompt is read."""
+        return any(work.count > 1 for work in self.work)
+
 
 def _prompt_is_read(sequence: Sequence) -> bool:
     return sequence.computed >= sequence.prompt_tokens

@@ -24,6 +24,9 @@ class _Rows(NamedTuple):
     logits: Tensor
     largest: Int32 | None
 
+    def part(self, begin: int, end: int) -> "_Rows":
+        return _Rows(self.logits[begin:end], None if self.largest is None else self.largest[begin:end])
+
 
 # The next tokens, those of a draft that were right and one more; none where none follows yet or is wanted; or what went wrong.
 Outcome = tuple[Sampled, ...] | PrecisError
@@ -108,8 +111,7 @@ def _without_draft(executor: Executor, work: Work, generations: Mapping[int, Gen
     nothing of it stays in the cache, where a NaN would spoil products that leave it out."""
     stand_in = (work.sequence.tokens[work.end - 1],) * len(work.draft)
     (rows,) = _forward(executor, [replace(work, draft=stand_in)], generations)
-    count = work.end - work.logits_from
-    return rows if isinstance(rows, PrecisError) else _Rows(rows.logits[:count], None if rows.largest is None else rows.largest[:count])
+    return rows if isinstance(rows, PrecisError) else rows.part(0, work.end - work.logits_from)
 
 
 def _score(generation: Generation, work: Work, rows: Tensor) -> Outcome:
@@ -123,24 +125,19 @@ def _score(generation: Generation, work: Work, rows: Tensor) -> Outcome:
 
 
 def _forward(executor: Executor, work: Sequence[Work], generations: Mapping[int, Generation]) -> list[_Rows | PrecisError]:
-    """Of each work. Where the batch as a whole fails, each is tried alone: only the guilty fail."""
+    """Rows that each work wants. Where the batch as a whole fails, each is tried alone: only the guilty fail."""
     try:
-        logits = executor.forward(ragged_batch([_chunk(one) for one in work]))
+        rows = _Rows(executor.forward(ragged_batch([_chunk(one) for one in work])), executor.largest)
     except torch.AcceleratorError:
         raise
     except Exception as error:  # noqa: BLE001 (whatever the model's code raises; translate() logs what is unknown)
         if len(work) > 1:
             return [result for one in work for result in _forward(executor, [one], generations)]
         return [translate(error, f"request {generations[work[0].sequence.call].id}")]
-    largest = executor.largest
     if len(work) == 1:
-        return [_Rows(logits, largest)]
-    counts = [one.end - one.logits_from + len(one.draft) for one in work]
-    ends = list(itertools.accumulate(counts))
-    return [
-        _Rows(rows, None if largest is None else largest[end - count : end])
-        for rows, count, end in zip(torch.split(logits, counts), counts, ends, strict=True)
-    ]
+        return [rows]
+    starts = itertools.accumulate((one.end - one.logits_from + len(one.draft) for one in work), initial=0)
+    return [rows.part(begin, end) for begin, end in itertools.pairwise(starts)]
 
 
 def _chunk(work: Work) -> Chunk:

@@ -41,8 +41,8 @@ void Step::reserve(const Batch& b, int threads) {
 }
 
 size_t Step::Local::bytes() const {
-    return largest.bytes() + hidden.bytes() + out.bytes() + down.bytes() + head.bytes() + row.bytes() + scratch.bytes() + query.bytes() + panel.bytes() + max.bytes() +
-           sum.bytes() + partial.bytes() + weight.bytes();
+    return hidden.bytes() + out.bytes() + down.bytes() + head.bytes() + row.bytes() + scratch.bytes() + query.bytes() + panel.bytes() +
+           largest.bytes() + max.bytes() + sum.bytes() + partial.bytes() + weight.bytes();
 }
 
 size_t Step::workspace_bytes() const {
