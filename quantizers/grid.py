@@ -43,18 +43,21 @@ class Grid:
         """Nearest codes, as fp32 integers, of `grouped` fp32 [out, G, group]; by `step` fp32 [out, G] instead of the scale."""
         scale = (self.scale.float() if step is None else step).unsqueeze(-1)
         if self.minimum is not None:
-            scaled = (grouped - self.minimum.float().unsqueeze(-1)) / scale
-        elif self.zero_point is not None:
-            scaled = grouped / scale + self.zero_point.float().unsqueeze(-1)
+            scaled = (grouped - self.minimum.float().unsqueeze(-1)).div_(scale)
         else:
             scaled = grouped / scale
-        return scaled.clamp(self.scheme.qmin, self.scheme.qmax).round()
+            if self.zero_point is not None:
+                scaled += self.zero_point.float().unsqueeze(-1)
+        return scaled.clamp_(self.scheme.qmin, self.scheme.qmax).round_()
 
-    def values(self, codes: Tensor) -> Tensor:
-        """fp32 [out, G, group]: what `codes` of that shape stand for."""
-        shifted = codes if self.zero_point is None else codes - self.zero_point.float().unsqueeze(-1)
-        values = shifted * self.scale.float().unsqueeze(-1)
-        return values if self.minimum is None else values + self.minimum.float().unsqueeze(-1)
+    def values_(self, codes: Tensor) -> Tensor:
+        """fp32 [out, G, group]: what `codes` of that shape and dtype stand for, in their place."""
+        if self.zero_point is not None:
+            codes -= self.zero_point.float().unsqueeze(-1)
+        codes *= self.scale.float().unsqueeze(-1)
+        if self.minimum is not None:
+            codes += self.minimum.float().unsqueeze(-1)
+        return codes
 
     def split(self, rows: Sequence[int]) -> list["Grid"]:
         """The grids of matrices that were worked on one under the other, with so many `rows` each."""
@@ -122,16 +125,25 @@ def nearest_codes(grouped: Tensor, grid: Grid) -> Tensor:
     return grid.codes(grouped, torch.where((stored - exact).abs() <= _FP16_ROUNDING * exact, exact, stored))  # else it is too small
 
 
+def rounded(weight: Tensor, scheme: IntegerScheme, layer: str) -> Tensor:
+    """What `weight` [out, in] becomes in `scheme`, fp32 of that shape: the nearest numbers on the grid over its range. Raises
+    QuantizationFailed naming `layer` where it cannot be.
+    """
+    grouped = as_groups(weight, scheme, layer)
+    grid = range_grid(grouped, scheme, layer)
+    return grid.values_(nearest_codes(grouped, grid)).view(weight.shape)
+
+
 def searched_grid(grouped: Tensor, importance: Tensor, scheme: IntegerScheme, layer: str, shrinks: tuple[float, ...]) -> Grid:
     """The grid over a shrunken range, by group the one of `shrinks` with the least sum of importance * (w - q(w))^2.
 
     `importance` fp32 [G, group], not negative: how much an error of an input counts, such as the diagonal of the Hessian.
     """
-    return searched_by(grouped, lambda difference: (difference.square() * importance).sum(-1), scheme, layer, shrinks)
+    return searched_by(grouped, lambda difference: difference.square_().mul_(importance).sum(-1), scheme, layer, shrinks)
 
 
 def searched_by(grouped: Tensor, error: Callable[[Tensor], Tensor], scheme: IntegerScheme, layer: str, shrinks: tuple[float, ...]) -> Grid:
-    """The same with any `error` of differences fp32 [rows, G, group] -> [rows, G]."""
+    """The same with any `error` of differences fp32 [rows, G, group], which it may overwrite, -> [rows, G]."""
     rows = max(1, _SEARCH_BYTES // (4 * grouped[0].numel()))
     return joined_rows([_searched(part, error, scheme, layer, shrinks) for part in torch.split(grouped, rows)])
 
@@ -171,7 +183,7 @@ def _searched(grouped: Tensor, error: Callable[[Tensor], Tensor], scheme: Intege
     least = torch.full_like(low, float("inf"))
     for shrink in shrinks:
         grid = _grid(low * shrink, high * shrink, scheme, layer)
-        errors = error(grouped - grid.values(grid.codes(grouped)))
+        errors = error(grid.values_(grid.codes(grouped)).sub_(grouped))
         better = errors < least
         least = torch.where(better, errors, least)
         best = grid if best is None else _chosen(better, grid, best)

@@ -13,15 +13,17 @@ All rounding is to the nearest, ties to even, and saturates. The tensors of a we
 
 from collections.abc import Mapping
 from functools import cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from quantizers.packing import pack, unpack
+from quantizers.packing import looked_up, pack, unpack
 from quantizers.scheme import MXFP4_BLOCK, NVFP4_BLOCK
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E2M1_MAX, E4M3_MAX = 6.0, 448.0
+_MIDDLES = tuple((low + high) / 2 for low, high in pairwise(E2M1))
 _BIAS = 127  # of e8m0
 _E2M1_EXPONENT = 2  # of its largest power of two, 4
 _NAN = 0x7F  # of e4m3, whatever the sign
@@ -42,29 +44,22 @@ def e4m3_values(codes: Tensor) -> Tensor:
 def e2m1_codes(values: Tensor) -> Tensor:
     """fp32, finite -> uint8 0 to 15 of that shape."""
     magnitude = values.abs()
-    below = torch.bucketize(magnitude, _middles(values.device))
-    # In the middle between two numbers the one with the even code is meant: the upper one where the lower code is odd.
-    above = torch.bucketize(magnitude, _middles(values.device), right=True)
-    code = torch.where(below % 2 == 1, above, below)
-    return (code + 8 * (values < 0)).to(torch.uint8)
+    codes = (values < 0).to(torch.uint8) << 3
+    for lower, middle in enumerate(_MIDDLES):
+        # In the middle between two numbers the one with the even code is meant.
+        codes += magnitude > middle if lower % 2 == 0 else magnitude >= middle
+    return codes
 
 
 def e2m1_values(codes: Tensor) -> Tensor:
     """uint8 0 to 15 -> fp32 of that shape."""
-    return e2m1_table(codes.device)[codes.int()]
+    return looked_up(e2m1_table(codes.device), codes)
 
 
 @cache
 def e2m1_table(device: torch.device) -> Tensor:
     """fp32 [16]: what each code stands for."""
     return torch.tensor([*E2M1, *(-value for value in E2M1)], device=device)
-
-
-@cache
-def _middles(device: torch.device) -> Tensor:
-    """fp32 [7], between neighbours."""
-    numbers = torch.tensor(E2M1, device=device)
-    return (numbers[:-1] + numbers[1:]) / 2
 
 
 def e8m0_codes(largest: Tensor) -> Tensor:
@@ -108,10 +103,10 @@ def decode(format_: str, out_features: int, in_features: int, tensors: Mapping[s
     """fp32 [out_features, in_features]: the weights that `tensors` stand for."""
     codes, scale = tensors["codes"], tensors["scale"]
     if format_ == "fp8":
-        return e4m3_values(codes) * scale
+        return e4m3_values(codes).mul_(scale)
     steps = e8m0_values(scale) if format_ == "mxfp4" else e4m3_values(scale) / tensors["global_scale"]
     values = e2m1_values(unpack(codes, 4, in_features)).view(out_features, steps.shape[1], -1)
-    return (values * steps.unsqueeze(-1)).view(out_features, in_features)
+    return values.mul_(steps.unsqueeze(-1)).view(out_features, in_features)
 
 
 def holds_nan(format_: str, tensors: Mapping[str, Tensor]) -> bool:

@@ -13,7 +13,7 @@ from itertools import pairwise
 
 from quantizers.block import Block
 from quantizers.flow import Streams
-from quantizers.methods.rtn import quantize_nearest
+from quantizers.grid import rounded
 from quantizers.scheme import IntegerScheme, MixedScheme
 
 SAMPLES = 4  # of the calibration: 2048 tokens tell the widths of a group apart, and every group is tried in four of them
@@ -42,7 +42,7 @@ def offers(block: Block, index: int, streams: Streams, schemes: Mapping[str, obj
         listed = found[tuple(mixed)] = []
         for choice in next(iter(mixed.values())).choices:
             for name, weight in kept.items():
-                block.linears[name].weight.copy_(quantize_nearest(weight, choice, layer=name).dequantize())
+                block.linears[name].weight.copy_(rounded(weight, choice, name))
             changed = (streams.run(block.module, index, streams.full) - output).square().sum(-1, keepdim=True)
             bits = sum(weight.numel() * choice.bits_per_weight(weight.shape[1]) for weight in kept.values())
             listed.append(Offer(choice, bits, float(streams.tokens(changed / size).mean())))

@@ -11,7 +11,7 @@ A row starts on a byte of its own, and what is left of its last byte is zero. Wi
 import torch
 from torch import Tensor
 
-_CODES_A_WORD = 8  # eight codes fill a whole number of bytes at every width
+_CODES_A_WORD = 8  # where codes straddle bytes: so many fill whole ones
 
 
 def packed_width(columns: int, bits: int) -> int:
@@ -24,10 +24,13 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return codes.contiguous()
     rows, columns = codes.shape
-    padded = torch.nn.functional.pad(codes, (0, -columns % _CODES_A_WORD))
-    words = padded.view(rows, -1, _CODES_A_WORD).to(torch.int64) << (bits * _steps(_CODES_A_WORD, codes))
-    stream = (words.sum(-1, keepdim=True) >> (8 * _steps(bits, codes))) & 0xFF  # [rows, words, bits]: a word of 8 codes has `bits` bytes
-    return stream.to(torch.uint8).view(rows, -1)[:, : packed_width(columns, bits)].contiguous()
+    together = 8 // bits if 8 % bits == 0 else _CODES_A_WORD  # fill whole bytes
+    padded = torch.nn.functional.pad(codes, (0, -columns % together))
+    words = padded[:, ::together].to(torch.int32)
+    for place in range(1, together):
+        words |= padded[:, place::together].to(torch.int32) << (bits * place)
+    stream = torch.stack([(words >> shift).to(torch.uint8) for shift in range(0, bits * together, 8)], -1)
+    return stream.view(rows, -1)[:, : packed_width(columns, bits)].contiguous()
 
 
 def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
@@ -42,6 +45,11 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
     words = (padded.view(rows, -1, bits).to(torch.int32) << (8 * _steps(bits, packed))).sum(-1, keepdim=True, dtype=torch.int32)
     codes = (words >> (bits * _steps(_CODES_A_WORD, packed))) & ((1 << bits) - 1)  # three bits: 24 of the word's 32
     return codes.to(torch.uint8).view(rows, -1)[:, :columns]
+
+
+def looked_up(table: Tensor, codes: Tensor) -> Tensor:
+    """What `table` [2^bits] holds for each of the uint8 `codes`, of their shape. Indexing would make int64 of them first."""
+    return torch.index_select(table, 0, codes.flatten().int()).view(codes.shape)
 
 
 def _steps(count: int, like: Tensor) -> Tensor:

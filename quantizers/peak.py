@@ -29,8 +29,8 @@ from quantizers.weights import QuantizedScheme, tensor_specs
 
 _FP32 = 4  # bytes
 # What a process comes to hold besides tensors: the empty model, and what libraries make when they first run.
-_PROCESS = 24 << 20
-_LAID_OUT = 4  # tensors of a chunk's widest layer that oneDNN holds in layouts of its own, measured
+_PROCESS = 11 << 20
+_LAID_OUT = 4  # tensors of a chunk's widest layer that oneDNN holds in layouts of its own where two streams run, measured
 # What training keeps of a token: a layer's input in bf16 and what made it, its output; logits and log-probabilities of both models, and
 # their gradients.
 _KEPT_OF_INPUTS, _KEPT_OF_OUTPUTS, _LOGITS = 1.5, 1.0, 6
@@ -135,7 +135,8 @@ class _Inside:
         widest = max((max(shape) for shape in shapes.values()), default=0)
         # Around a gated product lie four tensors of the inner width and three of the hidden one.
         hidden: int = tokens * text.hidden_size * _FP32
-        product: int = (4 + _LAID_OUT * in_onednn()) * tokens * widest * _FP32 + 3 * hidden
+        self._widest: int = tokens * widest * _FP32
+        product: int = 4 * self._widest + 3 * hidden
         self._chunk = product if hidden < LARGE_TENSOR else max(product, _ATTENTION * hidden)
         self._heap = _KEPT * hidden if hidden < LARGE_TENSOR else 0
         if model.config._attn_implementation == "eager":
@@ -151,6 +152,7 @@ class _Inside:
             activations, whole = self._chunk + len(streams) * self._heap if streams else 0, 0
             if len(streams) == 2:  # two runs side by side: the input of a layer in the first is kept, and weights before quantization
                 activations += self._tokens * max((columns for _, columns in self._shapes.values()), default=0) * _FP32
+                activations += _LAID_OUT * in_onednn() * self._widest
                 whole = max((sum(rows * columns for rows, columns in group) for group in groups), default=0) * _FP32
             held, scratch = method.held_bytes(groups), method.scratch_bytes(groups)
             found.append(PeakBytes(artifact, self._block + whole, copies * self._stream, activations, held))

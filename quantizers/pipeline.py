@@ -420,6 +420,7 @@ class _Walk:
             self._waiting[name] = (quantized, error, norm)
         else:
             self._write_layer(name, quantized, error, norm)
+        trim_heap()
         done, total = len(self.results) + len(self._waiting), len(self._layers)
         self._progress(Progress("quantize", done, total, self.elapsed() / done * (total - done)))
 

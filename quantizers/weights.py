@@ -32,7 +32,7 @@ from torch import Tensor
 
 from quantizers.errors import CorruptData
 from quantizers.minifloat import decode, holds_nan
-from quantizers.packing import packed_width, unpack
+from quantizers.packing import looked_up, packed_width, unpack
 from quantizers.scheme import BNB_BLOCK, BNB_NESTED_BLOCK, BnbScheme, IntegerScheme, MinifloatScheme
 
 QuantizedScheme = IntegerScheme | BnbScheme | MinifloatScheme
@@ -158,26 +158,26 @@ def dequantize(scheme: QuantizedScheme, out_features: int, in_features: int, ten
         return decode(scheme.format, out_features, in_features, tensors)
     codes = tensors["codes"]
     if scheme.format == "int8":
-        return codes.float() * (tensors["absmax"] / 127).unsqueeze(-1)
+        return codes.float().mul_((tensors["absmax"] / 127).unsqueeze(-1))
     size = out_features * in_features
-    values = table(scheme.format, codes.device)[torch.stack((codes >> 4, codes & 0xF), -1).view(-1).int()][:size]
-    blocks = torch.nn.functional.pad(values, (0, -size % BNB_BLOCK)).view(-1, BNB_BLOCK) * block_absmax(scheme, tensors).unsqueeze(-1)
-    return blocks.view(-1)[:size].view(out_features, in_features)
+    whole = torch.nn.functional.pad(codes, (0, -len(codes) % (BNB_BLOCK // 2)))
+    values = looked_up(table(scheme.format, codes.device), torch.stack((whole >> 4, whole & 0xF), -1))
+    values.view(-1, BNB_BLOCK).mul_(block_absmax(scheme, tensors).unsqueeze(-1))
+    return values.view(-1)[:size].view(out_features, in_features)
 
 
 def integer_values(scheme: IntegerScheme, out_features: int, in_features: int, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
     """`dtype` [out_features, in_features]: scale * (code - zero_point), exact in fp32, or scale * code + minimum, exact in fp64."""
-    codes = unpack(tensors["codes"], scheme.weight_bits, in_features).to(dtype)
-    count = groups(scheme, in_features)
-    grouped = codes.view(out_features, count, in_features // count)
+    values = unpack(tensors["codes"], scheme.weight_bits, in_features).to(dtype)
+    grouped = values.view(out_features, groups(scheme, in_features), -1)
     if scheme.symmetric and not is_plain_int8(scheme):
-        grouped = grouped - (1 << (scheme.weight_bits - 1))
+        grouped -= 1 << (scheme.weight_bits - 1)
     elif scheme.zero == "integer":
-        grouped = grouped - tensors["zero_point"].to(dtype).unsqueeze(-1)
-    grouped = grouped * tensors["scale"].to(dtype).unsqueeze(-1)
+        grouped -= tensors["zero_point"].to(dtype).unsqueeze(-1)
+    grouped *= tensors["scale"].to(dtype).unsqueeze(-1)
     if scheme.zero == "minimum":
-        grouped = grouped + tensors["minimum"].to(dtype).unsqueeze(-1)
-    return grouped.view(out_features, in_features)
+        grouped += tensors["minimum"].to(dtype).unsqueeze(-1)
+    return values
 
 
 def block_absmax(scheme: BnbScheme, tensors: Mapping[str, Tensor]) -> Tensor:

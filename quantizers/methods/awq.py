@@ -51,8 +51,8 @@ class Awq(Method):
         return FP32_BYTES * sum(group[0][1] ** 2 for group in groups)
 
     def scratch_bytes(self, groups: LayerGroups) -> int:
-        """Beside these, the rows of a group with scales, rounded, their error and its weighted form."""
-        return self.held_bytes(groups) + 6 * FP32_BYTES * max(
+        """Beside these, the rows of a group, the same with scales, rounded, and what an error is made of."""
+        return self.held_bytes(groups) + 4 * FP32_BYTES * max(
             (sum(rows * columns for rows, columns in group) for group in groups), default=0
         )
 
@@ -88,7 +88,7 @@ class Awq(Method):
         """Of all candidates the one whose rounded weights give the outputs with the least error; the identity is one of them."""
         import torch
 
-        from quantizers.methods.rtn import quantize_nearest
+        from quantizers.grid import rounded
         from quantizers.smoothing import shared_by_heads
 
         names, scheme = block.members(group)
@@ -97,8 +97,7 @@ class Awq(Method):
         best, least = torch.ones_like(magnitude), float("inf")
         size = shared_by_heads(block, group, _relative_magnitude(weight, scheme))
         for scales in self._candidates(magnitude, size):
-            quantized = quantize_nearest(weight * scales, scheme, layer=names[0]).dequantize()
-            error = output_error(quantized.div_(scales).sub_(weight), hessian)
+            error = output_error(rounded(weight * scales, scheme, names[0]).div_(scales).sub_(weight), hessian)
             if error < least:
                 best, least = scales, error
         return best
@@ -153,6 +152,6 @@ def _clipped(grouped: "Tensor", hessian: "Tensor", scheme: IntegerScheme, layer:
 
     def error(difference: "Tensor") -> "Tensor":
         by_group = difference.transpose(0, 1)  # [G, out, group]
-        return ((by_group @ blocks) * by_group).sum(-1).T
+        return (by_group @ blocks).mul_(by_group).sum(-1).T
 
     return searched_by(grouped, error, scheme, layer, _CLIPS)

@@ -65,9 +65,9 @@ class Method(BaseModel):
     def scratch_bytes(self, groups: LayerGroups) -> int:
         """What it holds beside the block's weights while it chooses the numbers of one layer or group; its statistics included.
 
-        Rounding to nearest holds three tensors of a layer's size at once.
+        Rounding to nearest holds at most what the stored form stands for and its difference from the weight.
         """
-        return 3 * FP32_BYTES * max((rows * columns for group in groups for rows, columns in group), default=0)
+        return 2 * FP32_BYTES * max((rows * columns for group in groups for rows, columns in group), default=0)
 
     def apply(self, block: "Block") -> None:
         """Work on one decoder block: change its floating weights, or `block.put` quantized layers for them."""

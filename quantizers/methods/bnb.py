@@ -36,7 +36,7 @@ class Bnb(Method):
     def scratch_bytes(self, groups: LayerGroups) -> int:
         """A copy, what bitsandbytes makes of it one after the other, and the library itself where nobody has needed it yet."""
         library = 0 if "bitsandbytes" in sys.modules else _LIBRARY_BYTES
-        return super().scratch_bytes(groups) * 4 // 3 + library
+        return super().scratch_bytes(groups) * 3 // 2 + library
 
     def apply(self, block: "Block") -> None:
         for name, scheme in block.schemes.items():
@@ -48,11 +48,12 @@ def quantize_bnb(weight: "Tensor", scheme: BnbScheme, *, layer: str) -> "Quantiz
     """`weight` [out_features, in_features], any float dtype, in `scheme`. Raises QuantizationFailed naming `layer` if it is not finite."""
     import torch
 
+    from quantizers.finite import all_finite
     from quantizers.kernels.bnb import functional
     from quantizers.scheme import BNB_BLOCK
     from quantizers.weights import QuantizedWeight
 
-    if not bool(torch.isfinite(weight).all()):
+    if not all_finite(weight):
         raise QuantizationFailed("its weights hold NaN or infinity: the checkpoint is damaged", layer=layer)
     values = weight.to(torch.float32, copy=True).contiguous()
     if scheme.format == "int8":

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 RANGES = {2: (1.0, 0.9, 0.8), 3: (1.0, 0.9), 4: (1.0,), 8: (1.0,)}
 _LEAST_SHARE = 1e-3  # of the mean square of a column: a column of zeros must not decide over its whole group
 _SMALLEST = 2.0**-24  # fp16's smallest number, as the step of a group whose weights are all the same
-_WEIGHTS = 1 << 17  # solved at once: they and what is made of them stay near the caches
+_WEIGHTS = 3 << 15  # solved at once: they and what is made of them stay near the caches
 
 
 class Hqq(Method):
@@ -56,10 +56,8 @@ class Hqq(Method):
             )
 
     def scratch_bytes(self, groups: LayerGroups) -> int:
-        """Beside what rounding takes, a piece with what was best, what is tried and their errors, and what the heap holds of tensors of
-        so many sizes, three times as much again.
-        """
-        return super().scratch_bytes(groups) + 32 * FP32_BYTES * _WEIGHTS
+        """Beside what rounding takes, a piece with what was best, what is tried and their errors."""
+        return super().scratch_bytes(groups) + 13 * FP32_BYTES * _WEIGHTS
 
     def apply(self, block: "Block") -> None:
         for name, scheme in block.schemes.items():

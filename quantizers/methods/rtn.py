@@ -49,14 +49,13 @@ def quantize_nearest(weight: "Tensor", scheme: IntegerScheme, *, layer: str) -> 
 
 def quantize_minifloat(weight: "Tensor", scheme: MinifloatScheme, *, layer: str) -> "QuantizedWeight":
     """`weight` [out_features, in_features], any float dtype, in `scheme`. Raises QuantizationFailed naming `layer` where it cannot be."""
-    import torch
-
+    from quantizers.finite import all_finite
     from quantizers.grid import check_groups_fit
     from quantizers.minifloat import encode
     from quantizers.weights import QuantizedWeight
 
     rows, columns = weight.shape
     check_groups_fit(scheme, columns, layer)
-    if not bool(torch.isfinite(weight).all()):
+    if not all_finite(weight):
         raise QuantizationFailed("its weights hold NaN or infinity: the checkpoint is damaged", layer=layer)
     return QuantizedWeight(scheme, rows, columns, encode(weight.float().contiguous(), scheme.format))

@@ -100,7 +100,7 @@ def smoothing_scales(activations: "Tensor", weights: "Tensor", alpha: float) -> 
 def _output_error(x: "Tensor", weight: "Tensor", scales: "Tensor", scheme: IntegerScheme) -> float:
     """Squared error of the group's outputs with smoothed, rounded weights and tokens. `weight` fp32 [out, in]."""
     from quantizers.block import executed_tokens
-    from quantizers.methods.rtn import quantize_nearest
+    from quantizers.grid import rounded
 
-    quantized = quantize_nearest(weight * scales, scheme, layer="search").dequantize()
+    quantized = rounded(weight * scales, scheme, "search")
     return float((executed_tokens(x / scales) @ quantized.T - x @ weight.T).square().sum())
