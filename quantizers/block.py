@@ -138,6 +138,8 @@ class Block:
         full = Replay(**follow, weights=self._whole, hooks={}, ahead=True) if "full" in wanted else None  # type: ignore[arg-type]
         assert full is None or streams.full is not None, "the method asks for the full stream"
         self._keeps_whole = full is not None
+        if full is not None:
+            self._next_full = None  # what a method before this one made of it: the last group's run gives it again
         for step, group in enumerate(self.groups):
             for chunk in streams.chunks:
                 exact = None if full is None else chunk.tokens(self._full_input(full, step, chunk))

@@ -165,7 +165,7 @@ class _Inside:
         """What the layers keep of one step's tokens for their gradients, and what a run holds beside it."""
         if not method.chunk_tokens:
             return 0
-        return _kept_for_gradients(self._tokens, self._shapes.values()) + self._chunk + self._heap
+        return _kept_for_gradients(self._tokens, self._shapes.values()) + self._chunk + 2 * self._heap  # forwards and backwards
 
     def _methods(self) -> tuple[Method, ...]:
         methods = self._recipe.methods

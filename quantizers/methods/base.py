@@ -22,8 +22,8 @@ METHODS: dict[str, type["Method"]] = {}
 
 
 def training_bytes(groups: LayerGroups) -> int:
-    """While all layers of a block learn: their weights, gradients, both moments, two copies in the making, and what they begin at."""
-    return 7 * FP32_BYTES * sum(rows * columns for group in groups for rows, columns in group)
+    """While all layers of a block learn: their weights, gradients, both moments, three copies in the making, and what they begin at."""
+    return 8 * FP32_BYTES * sum(rows * columns for group in groups for rows, columns in group)
 
 
 class Method(BaseModel):

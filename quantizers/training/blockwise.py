@@ -80,7 +80,7 @@ def measured(taught: Sequence[Chunk]) -> Sequence[Chunk]:
 
 def _identity(inputs: Tensor, expected: Tensor, learned: Mapping[str, LearnedWeight]) -> str:
     """Of what the losses are made from, so that a checkpoint of other tokens, other weights or another start is not taken up."""
-    sums = [tensor.sum((1, 2), dtype=torch.float64).tolist() for tensor in (inputs, expected)]
+    sums = [[float(sample.sum(dtype=torch.float64)) for sample in tensor] for tensor in (inputs, expected)]  # a copy in fp64 of one
     starts = {name: [float(leaf.detach().sum(dtype=torch.float64)) for leaf in each.leaves().values()] for name, each in learned.items()}
     return json.dumps([sums, starts])
 
