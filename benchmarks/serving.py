@@ -4,7 +4,8 @@
 
 step: the native step and the choice of the largest logit, in a process of their own. engine: a request to the engine's worker process.
 HTTP: `precis serve` and a client that reads the stream and counts its tokens. official client: the same through the `openai` package, whose
-own work for each token is on the same two cores. The best round of each is reported.
+own work for each token is on the same two cores. Rates are medians over the rounds, and so are the ratios, each taken within its round:
+what else the machine does then falls on both.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -121,7 +123,7 @@ async def measure(options: argparse.Namespace) -> list[dict[str, float | str]]:
     engine = EngineClient(Settings(device="cpu"), threads=options.threads)
     await engine.start()
     server = Http(options.recipes)
-    best: dict[tuple[str, str], float] = {}
+    rounds: dict[str, list[dict[str, float]]] = {}
     try:
         for slug in options.recipes:
             key = VariantKey(model=DEMO, precision=slug)
@@ -131,25 +133,20 @@ async def measure(options: argparse.Namespace) -> list[dict[str, float | str]]:
             server.decode(slug, options.tokens)  # loads it
             for _ in range(options.rounds):
                 step.run("step", "decode", prompts=[PROMPTS[0][:CONTEXT]], steps=options.tokens)
-                rates = {"step": options.tokens / step.best["step"]}
+                rates = {"step": options.tokens / step.best.pop("step")}
                 rates["engine"] = await decode_speed(engine, key, info, 1, argparse.Namespace(prompt=CONTEXT, tokens=options.tokens))
                 rates["HTTP"] = await asyncio.to_thread(server.decode, slug, options.tokens)
                 rates["official client"] = await asyncio.to_thread(server.decode_officially, slug, options.tokens)
-                for depth, rate in rates.items():
-                    best[slug, depth] = max(best.get((slug, depth), 0), rate)
+                rates |= {"HTTP by step": rates["HTTP"] / rates["step"], "HTTP by engine": rates["HTTP"] / rates["engine"]}
+                rounds.setdefault(slug, []).append(rates)
             step.process.kill()
             step.process.wait()
     finally:
         server.close()
         await engine.stop(0)
     return [
-        {"recipe": slug}
-        | {depth: round(best[slug, depth], 1) for depth in ("step", "engine", "HTTP", "official client")}
-        | {
-            "HTTP by step": round(best[slug, "HTTP"] / best[slug, "step"], 3),
-            "HTTP by engine": round(best[slug, "HTTP"] / best[slug, "engine"], 3),
-        }
-        for slug in options.recipes
+        {"recipe": slug} | {name: float(f"{median(each[name] for each in found):.4g}") for name in found[0]}
+        for slug, found in rounds.items()
     ]
 
 
