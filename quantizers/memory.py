@@ -11,7 +11,7 @@ import torch
 
 from quantizers.errors import OutOfMemory
 
-LARGE_TENSOR = 8 << 20
+LARGE_TENSOR = 8 << 20  # bytes
 _LARGE_WEIGHT = 1 << 19
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _INTERVAL = 0.005  # seconds between samples on a CPU: a layer's scratch space lives for tens of milliseconds

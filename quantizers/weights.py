@@ -169,7 +169,8 @@ def dequantize(scheme: QuantizedScheme, out_features: int, in_features: int, ten
 def integer_values(scheme: IntegerScheme, out_features: int, in_features: int, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
     """`dtype` [out_features, in_features]: scale * (code - zero_point), exact in fp32, or scale * code + minimum, exact in fp64."""
     values = unpack(tensors["codes"], scheme.weight_bits, in_features).to(dtype)
-    grouped = values.view(out_features, groups(scheme, in_features), -1)
+    count = groups(scheme, in_features)
+    grouped = values.view(out_features, count, in_features // count)
     if scheme.symmetric and not is_plain_int8(scheme):
         grouped -= 1 << (scheme.weight_bits - 1)
     elif scheme.zero == "integer":
