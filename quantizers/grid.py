@@ -13,13 +13,12 @@ from torch import Tensor
 
 from quantizers.errors import QuantizationFailed
 from quantizers.finite import all_finite
-from quantizers.packing import pack
+from quantizers.packing import AT_ONCE, pack_rows
 from quantizers.scheme import GROUP_SIZES, IntegerScheme, MinifloatScheme
 from quantizers.weights import QuantizedWeight, fits, is_plain_int8
 
 _SMALLEST_FP16 = 2.0**-24
 _FP16_ROUNDING = 2.0**-11  # of a normal number, relative
-_PACKED_AT_ONCE = 1 << 17  # codes: packing takes 16 bytes of scratch space for each
 _SEARCH_BYTES = 64 << 20  # of scratch space for one search over a matrix: rows are independent, so they are searched some at a time
 
 
@@ -76,8 +75,8 @@ class Grid:
         if is_plain_int8(self.scheme):
             tensors["codes"] = codes.to(torch.int8)
         else:
-            rows = torch.split(codes, max(1, _PACKED_AT_ONCE // codes.shape[1]))
-            tensors["codes"] = torch.cat([pack((part - self.scheme.qmin).to(torch.uint8), self.scheme.weight_bits) for part in rows])
+            rows = torch.split(codes, max(1, AT_ONCE // codes.shape[1]))
+            tensors["codes"] = pack_rows(((part - self.scheme.qmin).to(torch.uint8) for part in rows), self.scheme.weight_bits)
         return QuantizedWeight(self.scheme, codes.shape[0], codes.shape[1], tensors)
 
 

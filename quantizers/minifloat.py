@@ -18,7 +18,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from quantizers.packing import looked_up, pack, unpack
+from quantizers.packing import AT_ONCE, looked_up, pack_rows, unpack
 from quantizers.scheme import MXFP4_BLOCK, NVFP4_BLOCK
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -95,8 +95,9 @@ def encode(weight: Tensor, format_: str) -> dict[str, Tensor]:
         # A block far below the others keeps the smallest scale instead of none.
         scale = e4m3_codes(largest / E2M1_MAX * extra["global_scale"]).clamp(min=1)
         steps = e4m3_values(scale) / extra["global_scale"]
-    codes = e2m1_codes(blocks / steps.unsqueeze(-1)).view(weight.shape)
-    return {"codes": pack(codes, 4), "scale": scale} | extra
+    rows = max(1, AT_ONCE // weight.shape[1])
+    pieces = zip(torch.split(blocks, rows), torch.split(steps.unsqueeze(-1), rows), strict=True)
+    return {"codes": pack_rows((e2m1_codes(part / step).flatten(1) for part, step in pieces), 4), "scale": scale} | extra
 
 
 def decode(format_: str, out_features: int, in_features: int, tensors: Mapping[str, Tensor]) -> Tensor:

@@ -8,9 +8,12 @@ A row starts on a byte of its own, and what is left of its last byte is zero. Wi
     code  c c b b b a a a   f e e e d d d c   h h h g g g f f
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
+AT_ONCE = 1 << 15  # codes that are worked on in wide integers: they take some 16 bytes each
 _CODES_A_WORD = 8  # where codes straddle bytes: so many fill whole ones
 
 
@@ -33,6 +36,11 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     return stream.view(rows, -1)[:, : packed_width(columns, bits)].contiguous()
 
 
+def pack_rows(codes: Iterable[Tensor], bits: int) -> Tensor:
+    """`pack` of matrices one under the other, of which no more than one is needed at once."""
+    return torch.cat([pack(part, bits) for part in codes])
+
+
 def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
     """The inverse of `pack`: uint8 [rows, packed_width(columns, bits)] -> uint8 [rows, columns]."""
     if bits == 8:
@@ -48,8 +56,11 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
 
 
 def looked_up(table: Tensor, codes: Tensor) -> Tensor:
-    """What `table` [2^bits] holds for each of the uint8 `codes`, of their shape. Indexing would make int64 of them first."""
-    return torch.index_select(table, 0, codes.flatten().int()).view(codes.shape)
+    """What `table` [2^bits] holds for each of the uint8 `codes`, of their shape: some at a time, since each becomes an int64 on the way."""
+    values = torch.empty(codes.shape, dtype=table.dtype, device=codes.device)
+    for found, part in zip(torch.split(values.view(-1), AT_ONCE), torch.split(codes.flatten(), AT_ONCE), strict=True):
+        torch.index_select(table, 0, part.int(), out=found)
+    return values
 
 
 def _steps(count: int, like: Tensor) -> Tensor:

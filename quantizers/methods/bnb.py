@@ -36,7 +36,7 @@ class Bnb(Method):
     def scratch_bytes(self, groups: LayerGroups) -> int:
         """A copy, what bitsandbytes makes of it one after the other, and the library itself where nobody has needed it yet."""
         library = 0 if "bitsandbytes" in sys.modules else _LIBRARY_BYTES
-        return super().scratch_bytes(groups) * 3 // 2 + library
+        return super().scratch_bytes(groups) * 7 // 4 + library
 
     def apply(self, block: "Block") -> None:
         for name, scheme in block.schemes.items():
