@@ -178,7 +178,8 @@ def test_the_peak_is_some_blocks_not_the_model(demo_config: PretrainedConfig, de
     """A block of the demo model takes 14 MB in fp32, its linear layers together 425 MB."""
     result = quantize(demo_config, demo_tensors, parse_recipe("rtn-w4g32m"), lambda name, tensor: None)
     assert len(result.layers) == 210 and max(layer.relative_error for layer in result.layers) == 0
-    assert 0.8 * result.predicted_peak_bytes < result.peak_bytes < result.predicted_peak_bytes + HEAP_OF_OTHER_TESTS
+    tensors = result.predicted_peak["block"] + result.predicted_peak["method"]  # what a process holds once is there already
+    assert 0.8 * tensors < result.peak_bytes < result.predicted_peak_bytes + HEAP_OF_OTHER_TESTS
 
 
 def test_an_architecture_that_does_not_exist_is_refused() -> None:
