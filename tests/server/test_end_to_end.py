@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from server.sources import demo_file
 
-READY_SECONDS = 30  # converting and quantizing anew takes longer
+READY_SECONDS = 15  # what a second start may take
 PATIENCE_SECONDS = 300  # quantizing on load, on a machine that has other work
 
 
