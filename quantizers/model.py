@@ -352,8 +352,8 @@ def _computed_buffers(model: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
 
 
 def fill_computed_buffers(model: PreTrainedModel, device: torch.device) -> None:
-    """As `from_pretrained` does: the model's own initialization computes them. It runs while every parameter is still on the meta device,
-    where drawing weights costs nothing, and before layers are replaced, whose weights an architecture's initialization may ask for.
+    """As `from_pretrained` does: the model's own initialization computes them. It runs before layers are replaced, whose weights an
+    architecture's initialization may ask for, and is told that every parameter has its value: none are drawn.
 
     A model initializes itself only once, so a second call leaves everything as it is, and buffers must be kept until then.
     """
@@ -361,6 +361,8 @@ def fill_computed_buffers(model: PreTrainedModel, device: torch.device) -> None:
     for module, name, buffer in missing:
         module._buffers[name] = torch.empty_like(buffer, device=device)
     if missing:
+        for parameter in model.parameters():
+            parameter._is_hf_initialized = True
         model.initialize_weights()
 
 

@@ -56,7 +56,7 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
 
 
 def looked_up(table: Tensor, codes: Tensor) -> Tensor:
-    """What `table` [2^bits] holds for each of the uint8 `codes`, of their shape: some at a time, since each becomes an int64 on the way."""
+    """What `table` [2^bits] holds for each of the uint8 `codes`, of their shape: some at a time, since each becomes an int32 on the way."""
     values = torch.empty(codes.shape, dtype=table.dtype, device=codes.device)
     for found, part in zip(torch.split(values.view(-1), AT_ONCE), torch.split(codes.flatten(), AT_ONCE), strict=True):
         torch.index_select(table, 0, part.int(), out=found)

@@ -66,6 +66,6 @@ class Kernel(ABC):
 
 
 def select(layer: LayerKind) -> Kernel:
-    """The best kernel for a layer; the reference kernel supports every one."""
-    able = [kernel for kernel in KERNELS.values() if kernel.supports(layer)]
-    return max(able, key=lambda kernel: kernel.rank)(layer)
+    """The best kernel for a layer; the reference kernel supports every one. Lesser ones are not asked: one imports a library to answer."""
+    ranked = sorted(KERNELS.values(), key=lambda kernel: kernel.rank, reverse=True)
+    return next(kernel for kernel in ranked if kernel.supports(layer))(layer)

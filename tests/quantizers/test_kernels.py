@@ -103,6 +103,14 @@ def test_the_highest_rank_that_supports_a_layer_runs_it() -> None:
         assert select(kind).rank == max(kernel.rank for kernel in able)
 
 
+def test_a_lesser_kernel_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bitsandbytes takes seconds to import, and its kernel does so to say whether it runs here."""
+    kind = LayerKind(parse_scheme("nf4"), 64, 256, torch.bfloat16, CPU)
+    ranked = sorted((kernel for kernel in KERNELS.values() if kernel.supports(kind)), key=lambda kernel: kernel.rank)
+    monkeypatch.setattr(ranked[0], "supports", lambda _: pytest.fail(f"{ranked[0].name} was asked"))
+    assert type(select(kind)) is ranked[-1] and len(ranked) > 1
+
+
 @pytest.mark.parametrize(("name", "slug", "shape", "dtype"), [case for case in CASES if case[1] not in INT8 and case[2] == (64, 256)])
 def test_a_token_alone_is_the_same_token_among_others(name: str, slug: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
     """One kernel at every number of tokens. LLM.int8() is left out: an outlier column concerns the whole batch there."""

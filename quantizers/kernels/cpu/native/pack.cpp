@@ -10,21 +10,28 @@
 namespace precis {
 namespace {
 
-// Code k of a row whose codes are a stream of bits, lowest first.
-uint8_t code_at(const uint8_t* row, int64_t k, int bits) {
-    const int64_t bit = k * bits;
-    uint32_t word = row[bit / 8];
-    if (bit % 8 + bits > 8) word |= static_cast<uint32_t>(row[bit / 8 + 1]) << 8;
-    return static_cast<uint8_t>(word >> (bit % 8) & ((1u << bits) - 1));
+// Codes 4 quad .. 4 quad + 3 of a stream of codes, lowest bits first, a byte each.
+template <int kBits>
+uint32_t quad_at(const uint8_t* stream, int quad) {
+    const int bit = 4 * kBits * quad;
+    uint32_t bits = 0, codes = 0;
+    std::memcpy(&bits, stream + bit / 8, (bit % 8 + 4 * kBits + 7) / 8);
+    for (int b = 0; b < 4; b++) codes |= (bits >> (bit % 8 + b * kBits) & ((1u << kBits) - 1)) << 8 * b;
+    return codes;
 }
 
-// Code of input i (0..31) of row r into the vectors of 32 inputs at `p`.
-void put_code(uint8_t* p, int bits, int r, int i, uint8_t code) {
-    const int b = r * 4 + i % 4, quad = i / 4;
-    if (bits == 8) p[64 * quad + b] = code;
-    if (bits == 4) p[64 * (quad / 2) + b] |= static_cast<uint8_t>(code << (quad % 2 * 4));
-    if (bits == 2 || bits == 3) p[64 * (quad / 4) + b] |= static_cast<uint8_t>((code & 3) << (quad % 4 * 2));
-    if (bits == 3) p[128 + b] |= static_cast<uint8_t>((code >> 2) << quad);
+// The next 32 codes of row r, each with the bits of `flip` turned over, into their vectors at `p`.
+template <int kBits>
+void put_codes(const uint8_t* stream, uint32_t flip, int r, uint8_t* p) {
+    uint32_t own[kBits] = {};  // what the row owns of each vector
+    for (int quad = 0; quad < kInputs / 4; quad++) {
+        const uint32_t codes = quad_at<kBits>(stream, quad) ^ flip * 0x01010101u;
+        if constexpr (kBits == 8) own[quad] = codes;
+        if constexpr (kBits == 4) own[quad / 2] |= codes << (quad % 2 * 4);
+        if constexpr (kBits < 4) own[quad / 4] |= (codes & 0x03030303u) << (quad % 4 * 2);
+        if constexpr (kBits == 3) own[2] |= (codes >> 2 & 0x01010101u) << quad;
+    }
+    for (int j = 0; j < kBits; j++) std::memcpy(p + 64 * j + 4 * r, &own[j], 4);
 }
 
 // The scale of group g of a row to its place in the tail at `p`.
@@ -37,15 +44,15 @@ void put_scale(const Source& s, Kind kind, int64_t row, int64_t groups, int64_t 
     else std::memcpy(p + 2 * r, bytes + 2 * at, 2);
 }
 
+template <int kBits>
 void pack_row(const Source& s, const Matrix& m, int64_t row, uint8_t* block) {
-    const int64_t groups = m.columns / m.group, codes = code_bytes(m.group, m.bits), whole = codes + tail_bytes(m.kind, m.zero);
+    const int64_t groups = m.columns / m.group, codes = code_bytes(m.group, kBits), whole = codes + tail_bytes(m.kind, m.zero);
     const uint8_t* stream = s.codes + row * s.row_bytes;
     const int r = static_cast<int>(row % kRows);
     for (int64_t g = 0; g < groups; g++) {
         uint8_t* p = block + g * whole;
-        for (int i = 0; i < m.group; i++) {
-            const uint8_t code = static_cast<uint8_t>(code_at(stream, g * m.group + i, m.bits) ^ s.flip);
-            put_code(p + i / kInputs * code_bytes(kInputs, m.bits), m.bits, r, i % kInputs, code);
+        for (int i = 0; i < m.group; i += kInputs, stream += kInputs * kBits / 8) {
+            put_codes<kBits>(stream, static_cast<uint32_t>(s.flip), r, p + i / kInputs * code_bytes(kInputs, kBits));
         }
         put_scale(s, m.kind, row, groups, g, p + codes);
         uint8_t* zero = p + codes + 2 * kRows;
@@ -53,6 +60,8 @@ void pack_row(const Source& s, const Matrix& m, int64_t row, uint8_t* block) {
         if (m.zero == Zero::kMinimum) std::memcpy(zero + 2 * r, s.minimum + row * groups + g, 2);
     }
 }
+
+auto row_packer(int bits) { return bits == 8 ? pack_row<8> : bits == 4 ? pack_row<4> : bits == 3 ? pack_row<3> : pack_row<2>; }
 
 }  // namespace
 
@@ -79,6 +88,7 @@ struct Work {
 void run(void* context, Team& team, int index) {
     const auto& w = *static_cast<const Work*>(context);
     const int64_t blocks = block_count(w.matrix->rows), bytes = block_bytes(*w.matrix);
+    const auto pack_row = row_packer(w.matrix->bits);
     for (int64_t b = team.begin(blocks, index); b < team.begin(blocks, index + 1); b++) {
         std::memset(w.out + b * bytes, 0, static_cast<size_t>(bytes));
         for (int64_t row = b * kRows; row < std::min(w.matrix->rows, (b + 1) * kRows); row++) pack_row(*w.source, *w.matrix, row, w.out + b * bytes);
