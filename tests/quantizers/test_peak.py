@@ -1,20 +1,19 @@
 """The peak is said before the work, by what takes it, and it is what is measured then; where there is less room nothing is begun."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from multiprocessing import get_context
 
 import pytest
 import torch
 
 from quantizers.calibration import Calibration
 from quantizers.errors import OutOfMemory
-from quantizers.memory import PeakMemory, keep_large_tensors_apart, trim_heap
-from quantizers.methods.bnb import quantize_bnb
-from quantizers.methods.rtn import quantize_minifloat, quantize_nearest
 from quantizers.peak import predict_peak
 from quantizers.pipeline import Progress, quantize
 from quantizers.recipe import parse_recipe
-from quantizers.scheme import BnbScheme, IntegerScheme, MinifloatScheme
 from tests.quantizers.conftest import MemoryTensors, calibration_tokens
+from tests.quantizers.rounding import tensors_held
 
 # Of tensors that are all of some megabytes; what the heap keeps and libraries allocate once is some ten megabytes beside.
 GRANULARITY = 0.25
@@ -40,20 +39,21 @@ def test_the_streams_are_what_many_tokens_take(slug: str, streams: int, tiny: Ca
     assert alone.facts() == result.predicted_peak
 
 
+@pytest.fixture(scope="module")
+def apart() -> Iterator[Executor]:
+    """A process whose memory is that of the work which it is given."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        yield process
+
+
 @pytest.mark.parametrize("slug", ["rtn-w8a8", "rtn-w4g64", "rtn-w3g64z", "rtn-w2g64m", "rtn-fp8", "rtn-mxfp4", "rtn-nvfp4", "bnb-nf4"])
-def test_rounding_holds_few_tensors_of_a_layer(slug: str) -> None:
+def test_rounding_holds_few_tensors_of_a_layer(slug: str, apart: Executor) -> None:
     """Predicted are two, and three and a half for bitsandbytes; beside them lie the stored form and small pieces. No wide integers of all
     codes on the way from a weight to its stored form and back.
     """
-    keep_large_tensors_apart(tokens_flow=False)
-    scheme, weight = parse_recipe(slug).scheme, torch.randn(4096, 2048, generator=torch.Generator().manual_seed(0))
-    make = {IntegerScheme: quantize_nearest, MinifloatScheme: quantize_minifloat, BnbScheme: quantize_bnb}[type(scheme)]
-    make(weight[:64], scheme, layer="warm")  # libraries
-    trim_heap()
-    with PeakMemory("cpu") as peak:
-        difference = make(weight, scheme, layer="layer").dequantize() - weight
-    assert peak.bytes / weight.nbytes < (3.75 if slug.startswith("bnb") else 2.75)  # less where tests before left room in the heap
-    assert difference.abs().max() < 2
+    tensors, error = apart.submit(tensors_held, slug).result()
+    assert 1 < tensors < (3.75 if slug.startswith("bnb") else 2.75)
+    assert error < 2
 
 
 def test_parts_grow_with_what_they_are_of(tiny: Callable) -> None:
