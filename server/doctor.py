@@ -13,7 +13,7 @@ from rich.table import Table
 from server.quantizing import resolve_device
 from server.settings import Settings
 
-_CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "asimddp")
+_CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimddp")
 _PACKAGES = ("torch", "transformers", "bitsandbytes", "fastapi", "safetensors")
 _FORMATS = (
     "fp32",

@@ -21,7 +21,7 @@ from quantizers.weights import QuantizedWeight, tensor_specs
 
 pytestmark = pytest.mark.skipif(library.missing() is not None, reason=f"native kernels are {library.missing()}")
 
-INSTRUCTION_SETS = ("scalar", "avx2", "avx512", "neon")
+INSTRUCTION_SETS = ("scalar", "avx2", "avx512", "amx", "neon")
 WEIGHT_ONLY = [
     IntegerScheme(weight_bits=bits, group_size=group, zero=zero)
     for bits in (2, 3, 4, 8)

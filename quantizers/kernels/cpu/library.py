@@ -110,16 +110,19 @@ def library() -> ctypes.CDLL:
 
 
 def instruction_set() -> str:
-    """`avx512` (VNNI and BF16), `avx2`, `neon` (dot products of ARMv8.2) or `scalar`: which kernels run."""
+    """`amx` (bytes and bf16, with all of the next), `avx512` (VNNI and BF16), `avx2`, `neon` (dot products of ARMv8.2) or `scalar`."""
     name: bytes = library().precis_isa()
     return name.decode()
 
 
 def select_instruction_set(name: str) -> None:
-    """Run the kernels of another instruction set from now on; results stay the same to the bit. Raises InvalidInput where it cannot run."""
+    """Run the kernels of another instruction set from now on; only `amx` changes bits, those of products with bf16 matrices.
+
+    Raises InvalidInput where it cannot run.
+    """
     if not library().precis_select_isa(name.encode()):
         raise InvalidInput(
-            f"the instruction set {name!r} is none of avx512, avx2, neon, scalar or this processor lacks it; it has {instruction_set()}"
+            f"the instruction set {name!r} is not amx, avx512, avx2, neon or scalar, or this processor lacks it: it has {instruction_set()}"
         )
 
 

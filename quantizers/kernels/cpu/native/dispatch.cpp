@@ -15,6 +15,7 @@ namespace {
 bool runs(const Kernels* table) {
     if (table == nullptr) return false;
 #if defined(__x86_64__)
+    if (table == amx_kernels()) return runs(avx512_kernels()) && amx_usable();
     if (table == avx512_kernels())
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
@@ -26,7 +27,7 @@ bool runs(const Kernels* table) {
 }
 
 const Kernels* best() {
-    for (const Kernels* table : {avx512_kernels(), avx2_kernels(), neon_kernels()})
+    for (const Kernels* table : {amx_kernels(), avx512_kernels(), avx2_kernels(), neon_kernels()})
         if (runs(table)) return table;
     return &scalar_kernels();
 }
@@ -41,7 +42,7 @@ std::atomic<const Kernels*>& current() {
 const Kernels& kernels() { return *current().load(std::memory_order_relaxed); }
 
 bool select_kernels(const char* name) {
-    for (const Kernels* table : {avx512_kernels(), avx2_kernels(), neon_kernels(), &scalar_kernels()})
+    for (const Kernels* table : {amx_kernels(), avx512_kernels(), avx2_kernels(), neon_kernels(), &scalar_kernels()})
         if (runs(table) && std::strcmp(table->name, name) == 0) {
             current().store(table);
             return true;

@@ -1,8 +1,9 @@
 // The dispatch table: what an instruction set provides. All functions run on the calling thread and write only what they are given.
 //
 // One source (the .inc files) is compiled once for each instruction set over a vector of 16 floats, so that every set does the same
-// floating-point operations in the same order: their results are the same to the bit, and the scalar one is the specification. One
-// exception: the bf16 products of AVX2 keep subnormal numbers, below 1.2e-38, which the others take and give as zero.
+// floating-point operations in the same order: their results are the same to the bit, and the scalar one is the specification. Two
+// exceptions: the bf16 products of AVX2 keep subnormal numbers, below 1.2e-38, which the others take and give as zero; and those of AMX are
+// summed in another order, see amx.inc.
 #pragma once
 
 #include <cmath>
@@ -65,6 +66,7 @@ struct Kernels {
     // The tokens of `a` from begin to end: y[token * stride + row - row0]; row0 is a multiple of 32. `panel` has panel_bytes(columns);
     // `ahead`, if any, is asked for meanwhile.
     void (*matmul)(const Matrix& m, const Activations& a, int64_t row0, int64_t row1, float* y, int64_t stride, uint8_t* panel, Ahead* ahead);
+    void (*round_bf16)(const float* x, int n, uint16_t* y);  // n is a multiple of 16; subnormal results become zero
     void (*rms_norm)(const float* x, const float* weight, float eps, int n, float* y);
     void (*silu_mul)(const float* gate, const float* up, int n, float* y);
     // Rotary embedding of one head, times `factor`: the two halves of x [2 * half] are the parts of `half` complex numbers. y may be x.
@@ -86,7 +88,9 @@ constexpr int64_t panel_bytes(int64_t columns) { return kPanel * columns + 2 * i
 const Kernels& scalar_kernels();
 const Kernels* avx2_kernels();  // null where it was not compiled, and so are the next two
 const Kernels* avx512_kernels();
+const Kernels* amx_kernels();
 const Kernels* neon_kernels();
+bool amx_usable();  // the processor has tiles of bytes, and this process the system's leave to use them
 
 const Kernels& kernels();                 // the best that this processor runs, or the one selected
 bool select_kernels(const char* name);    // false where it cannot run here

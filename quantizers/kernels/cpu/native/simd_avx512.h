@@ -52,6 +52,22 @@ struct V {
         const F q = add(_mm512_shuffle_ps(eight[2], eight[3], 0x44), _mm512_shuffle_ps(eight[2], eight[3], 0xee));
         store(out[0], add(_mm512_shuffle_ps(p, q, 0x88), _mm512_shuffle_ps(p, q, 0xdd)));
     }
+    // Lane r of x[t] becomes lane t of x[r].
+    PRECIS_INLINE static void transpose(F (&x)[16]) {
+        F two[16], four[16];
+        PRECIS_UNROLL for (int i = 0; i < 16; i += 2)
+            two[i] = _mm512_unpacklo_ps(x[i], x[i + 1]), two[i + 1] = _mm512_unpackhi_ps(x[i], x[i + 1]);
+        PRECIS_UNROLL for (int i = 0; i < 16; i += 4) PRECIS_UNROLL for (int j = 0; j < 4; j++) {
+            const __m512d a = _mm512_castps_pd(two[i + j / 2]), b = _mm512_castps_pd(two[i + 2 + j / 2]);
+            four[i + j] = _mm512_castpd_ps(j % 2 == 0 ? _mm512_unpacklo_pd(a, b) : _mm512_unpackhi_pd(a, b));
+        }
+        PRECIS_UNROLL for (int j = 0; j < 4; j++) {
+            const F a = _mm512_shuffle_f32x4(four[j], four[4 + j], 0x44), b = _mm512_shuffle_f32x4(four[j], four[4 + j], 0xee);
+            const F c = _mm512_shuffle_f32x4(four[8 + j], four[12 + j], 0x44), d = _mm512_shuffle_f32x4(four[8 + j], four[12 + j], 0xee);
+            x[j] = _mm512_shuffle_f32x4(a, c, 0x88), x[4 + j] = _mm512_shuffle_f32x4(a, c, 0xdd);
+            x[8 + j] = _mm512_shuffle_f32x4(b, d, 0x88), x[12 + j] = _mm512_shuffle_f32x4(b, d, 0xdd);
+        }
+    }
     PRECIS_INLINE static __m128 quarter(F x) {
         const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
         return _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));

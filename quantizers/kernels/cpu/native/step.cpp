@@ -226,14 +226,12 @@ private:
     const void* queries(Local& mine, const AttentionUnit& u, const Layer& layer) {
         const int dims = static_cast<int>(m_.head_dim);
         float* q = mine.scratch.get();
-        Activations rounded;
-        rounded.columns = dims, rounded.bf16 = reinterpret_cast<uint16_t*>(mine.query.get());
         for (int i = 0; i < u.tokens * u.heads; i++, q += dims) {
             const int t = u.token0 + i / u.heads;
             const float* from = s_.qkv_.get() + t * columns_ + (u.head0 + i % u.heads) * m_.head_dim;
             if (layer.q_norm != nullptr) k_.rms_norm(from, layer.q_norm, m_.epsilon, dims, q), from = q;
             turn(from, t, m_.scaling, q);
-            if (m_.cache_kind == CacheKind::kBf16) k_.quantize_row(Kind::kBf16, q, rounded, i);
+            if (m_.cache_kind == CacheKind::kBf16) k_.round_bf16(q, dims, reinterpret_cast<uint16_t*>(mine.query.get()) + i * dims);
             if (m_.cache_kind == CacheKind::kInt8) k_.quantize_query(q, dims, mine.query.get() + i * query_bytes(m_.cache_kind, dims));
         }
         return m_.cache_kind == CacheKind::kFp32 ? static_cast<const void*>(mine.scratch.get()) : mine.query.get();
