@@ -242,11 +242,14 @@ std::vector<uint32_t> run_steps(const Decoder& d) {
         }
         for (size_t i = 0; i < id.size(); i++) rows.push_back(static_cast<int32_t>(i));
         std::vector<float> logits(id.size() * Decoder::kVocab);
+        std::vector<int32_t> largest(id.size());
         const auto count = static_cast<int64_t>(id.size());
         const Batch batch{count, static_cast<int64_t>(start.size()) - 1, 16, count, Decoder::kBlocks, Decoder::kPositions, id.data(), position.data(),
-                          start.data(), table.data(), rows.data(), d.cos.data(), d.sin.data(), reinterpret_cast<uint8_t*>(cache.data()), logits.data()};
+                          start.data(), table.data(), rows.data(), d.cos.data(), d.sin.data(), reinterpret_cast<uint8_t*>(cache.data()), logits.data(),
+                          largest.data()};
         if (precis_step_forward(step, &batch, 1) != 0) std::printf("WRONG a step was refused\n"), g_wrong++;
         for (uint32_t x : bits_of(logits)) all.push_back(x);
+        for (int32_t x : largest) all.push_back(static_cast<uint32_t>(x));
     }
     precis_step_free(step);
     for (uint64_t x : cache) all.push_back(static_cast<uint32_t>(x)), all.push_back(static_cast<uint32_t>(x >> 32));
