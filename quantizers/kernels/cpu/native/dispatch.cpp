@@ -1,7 +1,8 @@
 // Which table runs: the best that the processor has, found once.
+#include <algorithm>
+#include <array>
 #include <atomic>
 #include <cstring>
-#include <initializer_list>
 
 #if defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
@@ -26,10 +27,12 @@ bool runs(const Kernels* table) {
     return true;
 }
 
+// The best first; the last runs everywhere.
+std::array<const Kernels*, 5> tables() { return {amx_kernels(), avx512_kernels(), avx2_kernels(), neon_kernels(), &scalar_kernels()}; }
+
 const Kernels* best() {
-    for (const Kernels* table : {amx_kernels(), avx512_kernels(), avx2_kernels(), neon_kernels()})
-        if (runs(table)) return table;
-    return &scalar_kernels();
+    const auto all = tables();
+    return *std::find_if(all.begin(), all.end(), runs);
 }
 
 std::atomic<const Kernels*>& current() {
@@ -42,7 +45,7 @@ std::atomic<const Kernels*>& current() {
 const Kernels& kernels() { return *current().load(std::memory_order_relaxed); }
 
 bool select_kernels(const char* name) {
-    for (const Kernels* table : {amx_kernels(), avx512_kernels(), avx2_kernels(), neon_kernels(), &scalar_kernels()})
+    for (const Kernels* table : tables())
         if (runs(table) && std::strcmp(table->name, name) == 0) {
             current().store(table);
             return true;

@@ -86,7 +86,7 @@ struct Kernels {
 constexpr int64_t panel_bytes(int64_t columns) { return kPanel * columns + 2 * int64_t{kPanel} * columns / kInputs * 4; }
 
 const Kernels& scalar_kernels();
-const Kernels* avx2_kernels();  // null where it was not compiled, and so are the next two
+const Kernels* avx2_kernels();  // null where it was not compiled, and so are the next three
 const Kernels* avx512_kernels();
 const Kernels* amx_kernels();
 const Kernels* neon_kernels();
