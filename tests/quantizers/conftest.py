@@ -1,6 +1,8 @@
 """Small models of several architectures with random weights, and tensor sources and sinks in memory."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -143,6 +145,13 @@ def demo_config(demo: Path) -> PretrainedConfig:
 @pytest.fixture(scope="session")
 def demo_tensors(demo: Path) -> TensorSource:
     return SafetensorsSource([demo / "model.safetensors"])
+
+
+@pytest.fixture(scope="session")
+def apart() -> Iterator[Executor]:
+    """A process whose memory is that of the work which it is given."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        yield process
 
 
 def calibration_tokens(samples: int = 8, length: int = 24, *, padded: bool = False) -> Calibration:

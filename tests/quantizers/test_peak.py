@@ -1,8 +1,7 @@
 """The peak is said before the work, by what takes it, and it is what is measured then; where there is less room nothing is begun."""
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
-from multiprocessing import get_context
+from collections.abc import Callable
+from concurrent.futures import Executor
 
 import pytest
 import torch
@@ -12,8 +11,8 @@ from quantizers.errors import OutOfMemory
 from quantizers.peak import predict_peak
 from quantizers.pipeline import Progress, quantize
 from quantizers.recipe import parse_recipe
+from tests.quantizers.apart import tensors_held
 from tests.quantizers.conftest import MemoryTensors, calibration_tokens
-from tests.quantizers.rounding import tensors_held
 
 # Of tensors that are all of some megabytes; what the heap keeps and libraries allocate once is some ten megabytes beside.
 GRANULARITY = 0.25
@@ -37,13 +36,6 @@ def test_the_streams_are_what_many_tokens_take(slug: str, streams: int, tiny: Ca
     assert all(step.predicted_peak_bytes is None for step in said[1:])
     alone = predict_peak(model.config, recipe, checkpoint, samples=SAMPLES, length=LENGTH)
     assert alone.facts() == result.predicted_peak
-
-
-@pytest.fixture(scope="module")
-def apart() -> Iterator[Executor]:
-    """A process whose memory is that of the work which it is given."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as process:
-        yield process
 
 
 @pytest.mark.parametrize("slug", ["rtn-w8a8", "rtn-w4g64", "rtn-w3g64z", "rtn-w2g64m", "rtn-fp8", "rtn-mxfp4", "rtn-nvfp4", "bnb-nf4"])

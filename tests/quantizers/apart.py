@@ -1,10 +1,15 @@
-"""What rounding one layer holds, for a process of its own: what other tests have left in a heap is not this work's."""
+"""Work whose peak is measured, for a process of its own: what other tests have left in a heap is not this work's."""
+
+from pathlib import Path
 
 import torch
+from transformers import AutoConfig
 
+from model_store.formats.safetensors import SafetensorsSource
 from quantizers.memory import PeakMemory, keep_large_tensors_apart, trim_heap
 from quantizers.methods.bnb import quantize_bnb
 from quantizers.methods.rtn import quantize_minifloat, quantize_nearest
+from quantizers.pipeline import QuantizationResult, quantize
 from quantizers.recipe import parse_recipe
 from quantizers.scheme import BnbScheme, IntegerScheme, MinifloatScheme
 
@@ -19,3 +24,9 @@ def tensors_held(slug: str) -> tuple[float, float]:
     with PeakMemory("cpu") as peak:
         difference = make(weight, scheme, layer="layer").dequantize() - weight
     return peak.bytes / weight.nbytes, difference.abs().max().item()
+
+
+def quantized(folder: Path, slug: str) -> QuantizationResult:
+    """A checkpoint in the format `slug`, its artifact dropped."""
+    config, source = AutoConfig.from_pretrained(folder, local_files_only=True), SafetensorsSource([folder / "model.safetensors"])
+    return quantize(config, source, parse_recipe(slug), lambda *_: None)
