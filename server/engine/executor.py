@@ -4,14 +4,17 @@ The keys and values of all sequences lie in numbered blocks of `block_size` posi
 the block table: position p is slot p % block_size of block block_table[p // block_size]. Who owns which block is `blocks`' matter.
 """
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from quantizers.kernels.cpu.sampling import Choice
 
 Int32 = NDArray[np.int32]
 
@@ -124,4 +127,18 @@ class Executor(Protocol):
 
     def forward(self, batch: RaggedBatch) -> Tensor:
         """Logits [R, vocab] fp32 of `batch.logits_rows`. Raises whatever the model's code raises; a repetition is harmless."""
+        ...
+
+
+@runtime_checkable
+class Decoder(Protocol):
+    """What an executor may be beside: it goes on by itself, several steps of one token a sequence in one call."""
+
+    def decode(self, batch: RaggedBatch, choices: Sequence[Choice], rounds: int, interrupted: ctypes.c_int32) -> Int32:
+        """int32 [done, S]: the tokens that `rounds` steps chose, at least one, each step on those of the one before.
+
+        `batch` has one token of every sequence, in their order, and its block tables name the blocks of all that is written. It stops
+        early after a step in which a token ends its sequence, or is -1, because its logits are not finite or leave none; and after one
+        during which another thread set `interrupted`.
+        """
         ...

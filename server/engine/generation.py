@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from quantizers.kernels.cpu.sampling import Choice
 from server.engine.device import one_thread
 from server.engine.grammar import Compiled
 from server.engine.interface import Finished, FinishReason, Request, Started, Token, TokenLogprob
@@ -79,6 +80,11 @@ class Generation:
     def draft(self, sequences: int, cost: StepCost) -> None:
         """Draft tokens for the next step, of so many sequences, from the text so far, where that pays."""
         self.sequence.draft = self._drafting.draft(self.sequence.tokens, self.room, sequences, cost) if self.room > 0 else []
+
+    def choice(self, tokens: int) -> Choice:
+        """How the next `tokens` tokens are chosen, where the sampler is `plain`."""
+        draws = () if self.sampler.greedy else tuple(self.sampler.draw(ahead) for ahead in range(tokens))
+        return Choice(self.sampler.filters, draws, tuple(self._end_ids))
 
     def ends_with(self, token: int) -> bool:
         """Whether nothing follows `token`, which was sampled."""

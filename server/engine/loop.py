@@ -8,6 +8,7 @@ hold, nothing new is pinned until it has its turn: the pinned requests are finit
 loaded is pinned for those who waited for it before another load can evict it.
 """
 
+import ctypes
 import itertools
 import logging
 import queue
@@ -20,6 +21,7 @@ import torch
 
 from quantizers.errors import EngineUnavailable, Overloaded, PrecisError
 from server.engine.arrivals import Arrivals
+from server.engine.executor import Decoder
 from server.engine.generation import Generation
 from server.engine.grammar import Compiled
 from server.engine.interface import Failed, Finished, Request, Started, StepStats, Token, VariantKey, VariantSpec
@@ -35,6 +37,7 @@ from server.engine.twins import Twins
 
 logger = logging.getLogger(__name__)
 
+_AHEAD_SECONDS = 0.016  # that steps go on by themselves before anybody sees their tokens: a screen shows a new picture as often
 _DEADLINE_SECONDS = 0.5  # between two looks at the deadlines of those who wait for a load
 
 
@@ -69,6 +72,7 @@ class Loop:
         self._waiting: list[_Job] = []  # by arrival; not resident yet, or not pinned
         self._jobs: dict[VariantKey, dict[int, _Job]] = {}  # pinned, by call
         self._computing: set[int] = set()  # calls in the step under way
+        self._interrupted = ctypes.c_int32()  # set where steps that go on by themselves shall come back
         self._turns: Turns[VariantKey] = Turns()
         self._closed = False
         self._loads: dict[VariantSpec, list[int]] = {}  # asked for and not answered yet -> the calls that wait for it
@@ -103,6 +107,7 @@ class Loop:
                 self._outbox.tell(call, event)
             for job in [job for job in self._pinned() if job.call == call]:
                 job.cancelled = True
+                self._interrupted.value = 1
                 if call not in self._computing:
                     self._end(job, self._cancellation(job))
 
@@ -119,6 +124,7 @@ class Loop:
         """End both threads: what runs fails before its next step, as does what waits."""
         with self._lock:
             self._closed = True
+            self._interrupted.value = 1
             for job in self._waiting:
                 self._fail(job.call, EngineUnavailable("the engine stopped before this request had its turn"))
             self._waiting.clear()
@@ -219,6 +225,7 @@ class Loop:
             self._end(job, generation.finished("length"))
         else:
             scheduler.add(generation.sequence)
+            self._interrupted.value = 1
         self._lock.notify_all()
 
     def _scheduler(self, job: _Job, runner: Runner, *, idle: bool) -> Scheduler:
@@ -330,10 +337,12 @@ class Loop:
             runner = self._runner(next(iter(jobs.values())))
             scheduler = runner.scheduler
             assert scheduler is not None, "pinned requests have a cache"
-            generations = [self._generation(job) for job in jobs.values()] if self._speculates else []
+            everyone = [self._generation(job) for job in jobs.values()]
+            generations = everyone if self._speculates else []
             twin = self._twins.of(key, self._jobs) if generations else None
             for generation in generations:
                 generation.draft(len(scheduler.running), runner.cost)
+            ahead = 0 if twin is not None else _steps_ahead(runner, everyone)
         began = time.perf_counter()
         drafts = {} if twin is None else self._draft(twin, generations, runner)
         drafting = time.perf_counter() - began
@@ -342,25 +351,28 @@ class Loop:
                 if drafts.get(generation.sequence.call):
                     generation.sequence.draft = drafts[generation.sequence.call]
             before = scheduler.preemptions
-            step = scheduler.schedule()
+            step = scheduler.schedule(ahead)
             if step is None:
                 return False  # cancelled while the twin drafted
+            self._interrupted.value = 0
             self._count(self._preemptions, key, scheduler.preemptions - before)
             stepping = [jobs[work.sequence.call] for work in step.work]
             self._computing = {job.call for job in stepping}
             for job in stepping:
                 self._tell(job, self._generation(job).begin())
-            self._outbox.before(None if step.reads or twin is not None else runner.cost.seconds(step.rows))
+            expected = None if step.reads or twin is not None else runner.cost.seconds(step.rows)
+            self._outbox.before(None if expected is None else expected * (1 + step.ahead))
         began = time.perf_counter()
         try:
-            outcomes = compute(runner.executor, step, {job.call: self._generation(job) for job in stepping})
+            outcomes = compute(runner.executor, step, {job.call: self._generation(job) for job in stepping}, self._interrupted)
         except torch.AcceleratorError as error:  # the device's context is beyond repair: the process must go, and is restarted
             for job in stepping:
                 self._fail(job.call, translate(error, f"request {job.request.id} on {key}"))
             raise
         seconds = time.perf_counter() - began
         if not step.reads:
-            runner.cost.measured(step.rows, seconds)
+            gone = max((len(outcome) for outcome in outcomes if not isinstance(outcome, PrecisError)), default=1) if step.ahead else 1
+            runner.cost.measured(step.rows, seconds / gone)
         with self._lock:
             self._turns.charge(key, drafting + seconds)
             self._computing = set()
@@ -459,3 +471,12 @@ class Loop:
     def _fail(self, call: int, error: PrecisError) -> None:
         failed: Failed = to_failed(error)
         self._outbox.tell(call, failed)
+
+
+def _steps_ahead(runner: Runner, generations: list[Generation]) -> int:
+    """How many steps may follow the next one before anybody is told of their tokens."""
+    running = [generation for generation in generations if generation.sequence.table is not None]
+    seconds = runner.cost.seconds(len(running)) if running else None
+    if seconds is None or not isinstance(runner.executor, Decoder) or not all(generation.sampler.plain for generation in running):
+        return 0
+    return max(0, min(int(_AHEAD_SECONDS / max(seconds, 1e-3)) - 1, *(generation.room for generation in running)))

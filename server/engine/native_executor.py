@@ -1,8 +1,12 @@
 """The native step of the Llama family as an executor: a whole step in one call, where it can run the model."""
 
+import ctypes
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
+from quantizers.kernels.cpu.sampling import Choice
 from quantizers.kernels.cpu.step import BLOCK_SIZE, NativeStep
 from server.engine.executor import Int32, RaggedBatch
 
@@ -46,3 +50,7 @@ class NativeExecutor:
         logits = self._step.forward(batch.token_ids, batch.positions, batch.query_start, batch.block_tables, batch.logits_rows)
         self.largest = self._step.largest
         return logits
+
+    def decode(self, batch: RaggedBatch, choices: Sequence[Choice], rounds: int, interrupted: ctypes.c_int32) -> Int32:
+        assert self._step is not None, "a step needs a cache"
+        return self._step.decode(batch.token_ids, batch.positions, batch.block_tables, choices, rounds, interrupted)

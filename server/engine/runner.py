@@ -163,7 +163,6 @@ class Runner:
         return Sampler(
             request.sampling,
             request.prompt_token_ids,
-            vocab_size=self.vocab_size,
             end_ids=end_ids,
             device=self.device,
             constraint=constraint,

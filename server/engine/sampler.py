@@ -7,6 +7,7 @@ of a token depends on (seed, its index in the output) alone, so that a seed give
 Nothing waits for the device before a batch's tokens are known (`decide`); they come to the host in one copy.
 """
 
+import math
 import secrets
 from collections.abc import Collection, Sequence
 
@@ -15,6 +16,9 @@ import torch
 from torch import Tensor
 
 from quantizers.errors import InvalidInput, PrecisError
+from quantizers.kernels.cpu import library
+from quantizers.kernels.cpu.sampling import Filters
+from quantizers.kernels.cpu.sampling import choose as native_choose
 from server.engine.device import move, one_thread
 from server.engine.grammar import Constraint
 from server.engine.interface import Sampling, TokenLogprob
@@ -55,13 +59,17 @@ def nonfinite(logits: Tensor) -> NonFiniteLogits:
 
 
 def apply_repetition_penalty(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Positive logits [..., vocab] of the tokens in `seen` (bool, same shape) divided by `penalty`, negative ones times it (CTRL, 4.1)."""
-    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+    """Positive logits [vocab] of the tokens `seen` (int64, each once) divided by `penalty`, negative ones times it (CTRL, 4.1)."""
+    values = logits[seen]
+    return logits.index_copy(0, seen, torch.where(values > 0, values / penalty, values * penalty))
 
 
-def apply_count_penalties(logits: Tensor, counts: Tensor, presence: float, frequency: float) -> Tensor:
-    """Subtract `frequency` per occurrence and `presence` once; `counts` [..., vocab] counts generated tokens only, as OpenAI defines it."""
-    return logits - frequency * counts - presence * (counts > 0).to(logits.dtype)
+def apply_count_penalties(logits: Tensor, tokens: Tensor, counts: Tensor, presence: float, frequency: float) -> Tensor:
+    """Subtract `frequency` per occurrence and `presence` once from logits [vocab] of `tokens` (int64, each once).
+
+    `counts` (fp32, as many) counts generated tokens only, as OpenAI defines it.
+    """
+    return logits.index_copy(0, tokens, logits[tokens] - frequency * counts - presence)
 
 
 def keep_top_k(logits: Tensor, k: int | Tensor) -> Tensor:
@@ -150,7 +158,6 @@ class Sampler:
         sampling: Sampling,
         prompt: Sequence[int],
         *,
-        vocab_size: int,
         end_ids: Collection[int],
         device: torch.device,
         constraint: Constraint | None = None,
@@ -159,17 +166,16 @@ class Sampler:
         self._constraint = constraint
         self._seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
         self._index = 0
-        self._seen = self._counts = self._bias = self._banned = None
-        if sampling.repetition_penalty != 1.0:
-            self._seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-            self._seen[list(prompt)] = True
-        if sampling.presence_penalty or sampling.frequency_penalty:
-            self._counts = torch.zeros(vocab_size, dtype=torch.float32, device=device)
+        self._device = device
+        self._seen: dict[int, None] | None = None if sampling.repetition_penalty == 1.0 else dict.fromkeys(prompt)
+        self._seen_ids = self._on_device(list(self._seen or ()))
+        self._counts: dict[int, int] | None = {} if sampling.presence_penalty or sampling.frequency_penalty else None
+        self._biased = self._bias = self._banned = None
         if sampling.logit_bias:
-            self._bias = torch.zeros(vocab_size, dtype=torch.float32, device=device)
-            self._bias[list(sampling.logit_bias)] = torch.tensor(list(sampling.logit_bias.values()), dtype=torch.float32, device=device)
+            self._biased = self._on_device(list(sampling.logit_bias))
+            self._bias = torch.tensor(list(sampling.logit_bias.values()), dtype=torch.float32, device=device)
         if sampling.min_tokens and end_ids:
-            self._banned = torch.tensor(sorted(end_ids), device=device)
+            self._banned = self._on_device(sorted(end_ids))
 
     def next(self, logits: Tensor) -> Sampled:
         """The next token id after `logits` [vocab], any floating dtype, and its log-probability where asked for.
@@ -192,13 +198,19 @@ class Sampler:
     @property
     def adjusts(self) -> bool:
         """Whether `adjust` changes anything now."""
-        parts = (self._seen, self._counts, self._bias, self._constraint)
-        return self._bans or any(part is not None for part in parts)
+        return self._bans or bool(self._seen or self._counts) or self._bias is not None or self._constraint is not None
 
     @property
-    def takes_largest(self) -> bool:
-        """Whether the next token is the first largest logit's, of which nothing else is wanted."""
-        return self.greedy and self._sampling.logprobs is None and not self.adjusts
+    def plain(self) -> bool:
+        """Whether all tokens from now on depend on their logits and `draw` alone, and nothing else is wanted of them."""
+        wants = self._sampling.logprobs is not None or self._seen is not None or self._counts is not None or self._bias is not None
+        return not (wants or self._bans or self._constraint is not None)
+
+    @property
+    def filters(self) -> Filters:
+        """From which tokens one is drawn."""
+        options = self._sampling
+        return Filters(0.0 if self.greedy else options.temperature, options.top_k, options.top_p, options.min_p)
 
     @property
     def complete(self) -> bool:
@@ -217,12 +229,13 @@ class Sampler:
     def adjust(self, logits: Tensor) -> Tensor:
         """`logits` [vocab] fp32 with penalties, bias and bans."""
         options = self._sampling
-        if self._seen is not None:
-            logits = apply_repetition_penalty(logits, self._seen, options.repetition_penalty)
-        if self._counts is not None:
-            logits = apply_count_penalties(logits, self._counts, options.presence_penalty, options.frequency_penalty)
-        if self._bias is not None:
-            logits = logits + self._bias
+        if self._seen:
+            logits = apply_repetition_penalty(logits, self._seen_ids, options.repetition_penalty)
+        if self._counts:
+            tokens, counts = self._on_device(list(self._counts)), self._on_device(list(self._counts.values()), torch.float32)
+            logits = apply_count_penalties(logits, tokens, counts, options.presence_penalty, options.frequency_penalty)
+        if self._biased is not None and self._bias is not None:
+            logits = logits.index_add(0, self._biased, self._bias)
         if self._banned is not None and self._bans:
             logits = logits.index_fill(-1, self._banned, _MINUS_INFINITY)
         if self._constraint is not None:
@@ -235,13 +248,17 @@ class Sampler:
 
     def accept(self, token: int) -> None:
         """`token` is the next one."""
-        if self._seen is not None:
-            self._seen[token] = True
+        if self._seen is not None and token not in self._seen:
+            self._seen[token] = None
+            self._seen_ids = torch.cat([self._seen_ids, self._on_device([token])])
         if self._counts is not None:
-            self._counts[token] += 1
+            self._counts[token] = self._counts.get(token, 0) + 1
         if self._constraint is not None:
             self._constraint.accept(token)
         self._index += 1
+
+    def _on_device(self, values: list[int], dtype: torch.dtype = torch.int64) -> Tensor:
+        return move(torch.tensor(values, dtype=dtype), self._device)
 
     def nothing_left(self) -> PrecisError:
         options = self._sampling
@@ -253,15 +270,20 @@ class Sampler:
         )
 
 
-def sample(rows: Sequence[Tensor], samplers: Sequence[Sampler]) -> list[Sampled | PrecisError]:
+def sample(rows: Sequence[Tensor], samplers: Sequence[Sampler], largest: Sequence[int | None] | None = None) -> list[Sampled | PrecisError]:
     """The next token of every sequence after its row [vocab] of logits, any floating dtype, and its log-probability on demand.
 
     An error of a row is that row's result: NonFiniteLogits, or InvalidInput where its options leave no token to choose. A row's
-    token does not depend on the other rows.
+    token does not depend on the other rows. `largest`: of each row, where it is known, its first largest logit, -1 where one is not finite.
     """
     rows = [row.float() for row in rows]
+    if rows and rows[0].device.type == "cpu":
+        decided = _decide_on_host(rows, samplers, largest or [None] * len(rows))
+    else:
+        found = decide(torch.stack(list(rows)), samplers).T.tolist() if rows else []
+        decided = [(token, bool(empty), bool(spoiled)) for token, empty, spoiled in found]
     results: list[Sampled | PrecisError] = []
-    for row, sampler, (token, empty, spoiled) in zip(rows, samplers, _decided(rows, samplers), strict=True):
+    for row, sampler, (token, empty, spoiled) in zip(rows, samplers, decided, strict=True):
         if spoiled or empty:
             results.append(nonfinite(row) if spoiled else sampler.nothing_left())
             continue
@@ -271,26 +293,47 @@ def sample(rows: Sequence[Tensor], samplers: Sequence[Sampler]) -> list[Sampled 
     return results
 
 
-def _decided(rows: Sequence[Tensor], samplers: Sequence[Sampler]) -> list[tuple[int, bool, bool]]:
-    """What `decide` says of each row; of those whose largest logit it is, in the host's memory, without torch.
+def _decide_on_host(rows: Sequence[Tensor], samplers: Sequence[Sampler], largest: Sequence[int | None]) -> list[tuple[int, bool, bool]]:
+    """What `decide` says of each row, much faster, and without waking threads that would go on spinning beside the next step."""
+    found: list[tuple[int, bool, bool]] = []
+    drawn: list[tuple[int, Tensor]] = []
+    for index, (row, sampler, known) in enumerate(zip(rows, samplers, largest, strict=True)):
+        token, spoiled = _largest(row) if known is None else (known, known < 0)
+        empty = False
+        if not spoiled and sampler.adjusts:
+            row = _adjusted(row, sampler)
+            token = int(row.numpy().argmax())
+            empty = not math.isfinite(row[token])
+        if not (spoiled or empty or sampler.greedy):
+            drawn.append((index, row))
+        found.append((token, empty, spoiled))
+    for (index, _), token in zip(drawn, _draw_on_host([row for _, row in drawn], [samplers[index] for index, _ in drawn]), strict=True):
+        found[index] = token, token < 0, False
+    return found
 
-    numpy finds that ten times faster, and wakes no threads that would go on spinning beside the next step.
-    """
-    quick = [row.device.type == "cpu" and sampler.greedy and not sampler.adjusts for row, sampler in zip(rows, samplers, strict=True)]
-    found = [_largest(row) if one else None for row, one in zip(rows, quick, strict=True)]
-    if slow := [index for index, one in enumerate(quick) if not one]:
-        decided = decide(torch.stack([rows[index] for index in slow]), [samplers[index] for index in slow])
-        for index, (token, empty, spoiled) in zip(slow, decided.T.tolist(), strict=True):
-            found[index] = token, bool(empty), bool(spoiled)
-    return [one for one in found if one is not None]
+
+@one_thread()
+def _adjusted(row: Tensor, sampler: Sampler) -> Tensor:
+    return sampler.adjust(row)
 
 
-def _largest(row: Tensor) -> tuple[int, bool, bool]:
+def _draw_on_host(rows: Sequence[Tensor], samplers: Sequence[Sampler], ahead: int = 0) -> list[int]:
+    """As `_draw` of rows that are not yet shifted; -1 of one that leaves no token."""
+    if not rows:
+        return []
+    if library.missing() is None:
+        return native_choose(rows, [sampler.filters for sampler in samplers], [sampler.draw(ahead) for sampler in samplers])
+    with one_thread():
+        logits = torch.stack(list(rows))
+        tokens: list[int] = _draw(logits - logits.amax(-1, keepdim=True), samplers, ahead).tolist()
+    return tokens
+
+
+def _largest(row: Tensor) -> tuple[int, bool]:
     """Of fp32 [vocab] on the host: its first largest, and whether any is NaN or infinite."""
     values = row.numpy()
     token = int(values.argmax())  # the first NaN where there is one
-    spoiled = not (np.isfinite(values[token]) and np.isfinite(values.min()))
-    return token, spoiled, spoiled
+    return token, not (np.isfinite(values[token]) and np.isfinite(values.min()))
 
 
 @one_thread()
@@ -318,8 +361,15 @@ def guess(logits: Tensor, samplers: Sequence[Sampler], ahead: int) -> list[int]:
     Penalties, bias and grammar are left out, and nothing is accepted: these are drafts.
     """
     logits = logits.float()
+    drawn = [row for row, sampler in enumerate(samplers) if not sampler.greedy]
+    if logits.device.type == "cpu":
+        guessed = [_largest(row)[0] for row in logits]
+        chosen = _draw_on_host([logits[row] for row in drawn], [samplers[row] for row in drawn], ahead)
+        for row, token in zip(drawn, chosen, strict=True):
+            guessed[row] = max(0, token)
+        return guessed
     peaks, tokens = logits.max(-1)
-    if drawn := [row for row, sampler in enumerate(samplers) if not sampler.greedy]:
+    if drawn:
         rows = move(torch.tensor(drawn), logits.device)
         shifted = logits[rows] - peaks[rows, None]
         tokens = tokens.index_copy(0, rows, _draw(shifted, [samplers[row] for row in drawn], ahead))

@@ -73,13 +73,17 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Work:
-    """`count` tokens of a sequence from position `start` on, and `draft` behind them; logits are wanted from position `logits_from` on."""
+    """`count` tokens of a sequence from position `start` on, and `draft` behind them; logits are wanted from position `logits_from` on.
+
+    `ahead`: so many steps may follow at once, each on the token that the one before chose; there are blocks for them.
+    """
 
     sequence: Sequence
     start: int
     count: int
     logits_from: int
     draft: tuple[int, ...] = ()
+    ahead: int = 0
 
     @property
     def end(self) -> int:
@@ -112,6 +116,11 @@ class Step:
     def reads(self) -> bool:
         """Whether more than the newest known token of a sequence is in it, as while a prompt is read."""
         return any(work.count > 1 for work in self.work)
+
+    @property
+    def ahead(self) -> int:
+        """Steps that may follow at once, of all its sequences alike."""
+        return self.work[0].ahead
 
 
 def _prompt_is_read(sequence: Sequence) -> bool:
@@ -174,10 +183,14 @@ class Scheduler:
         """Sequences that have not begun and whose deadline has passed."""
         return [sequence for sequence in self.waiting if sequence.deadline < now and not sequence.started]
 
-    def schedule(self) -> Step | None:
-        """The next step, None where nothing can run. Its end is told by `advance` before the next is asked for."""
+    def schedule(self, ahead: int = 0) -> Step | None:
+        """The next step, None where nothing can run. Its end is told by `advance` before the next is asked for.
+
+        `ahead` steps may follow it at once, where all in it ran before and generate, none has a draft and there are blocks enough.
+        """
         copies: list[tuple[int, int]] = []
         work = list(self._decodes(copies))
+        generating = len(work)
         budget = self._limits.step_tokens
         if work:
             budget = min(budget - sum(one.rows for one in work), self._limits.mixed_tokens)
@@ -195,7 +208,18 @@ class Scheduler:
                 break
             work.append(self._chunk(sequence, budget))
             budget -= work[-1].count
+        if ahead and len(work) == generating and not any(one.draft for one in work):
+            work = self._go_on(work, ahead, copies)
         return Step(tuple(work), tuple(copies)) if work else None
+
+    def _go_on(self, work: list[Work], ahead: int, copies: list[tuple[int, int]]) -> list[Work]:
+        """`work` with room for `ahead` more tokens of each; as it is where that takes too many blocks: nobody gives way for it."""
+        tables = [(one.sequence.table, one.end) for one in work]
+        if sum(table.needed(end, end + ahead) for table, end in tables if table is not None) > self._pool.free:
+            return work
+        for table, end in tables:
+            copies += [] if table is None else table.reserve(end, end + ahead)
+        return [replace(one, ahead=ahead) for one in work]
 
     def advance(self, work: Work) -> None:
         """The keys and values of `work` are computed."""
@@ -207,9 +231,9 @@ class Scheduler:
         sequence.table.publish(sequence.tokens, work.end)
 
     def confirm(self, work: Work, right: int) -> None:
-        """The first `right` tokens of the draft of `work` are tokens of the sequence now, and their keys and values count."""
+        """`right` tokens behind `work`, of its draft or of the steps ahead, are tokens of the sequence now: their keys and values count."""
         sequence = work.sequence
-        assert sequence.table is not None and right <= len(work.draft), "what is in a step runs"
+        assert sequence.table is not None and right <= max(len(work.draft), work.ahead), "what is in a step runs"
         sequence.computed = work.end + right
         sequence.table.publish(sequence.tokens, sequence.computed)
 

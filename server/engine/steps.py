@@ -1,5 +1,6 @@
 """From a planned step to the next token of each sequence: one forward pass, one batched choice, failures kept to their rows."""
 
+import ctypes
 import itertools
 import logging
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from quantizers.errors import OutOfMemory, PrecisError
-from server.engine.executor import Chunk, Executor, Int32, ragged_batch
+from server.engine.executor import Chunk, Decoder, Executor, Int32, ragged_batch
 from server.engine.generation import Generation
 from server.engine.sampler import NonFiniteLogits, Sampled, Sampler, is_finite, sample
 from server.engine.scheduler import Step, Work
@@ -32,13 +33,16 @@ class _Rows(NamedTuple):
 Outcome = tuple[Sampled, ...] | PrecisError
 
 
-def compute(executor: Executor, step: Step, generations: Mapping[int, Generation]) -> list[Outcome]:
+def compute(executor: Executor, step: Step, generations: Mapping[int, Generation], interrupted: ctypes.c_int32) -> list[Outcome]:
     """Run `step` and choose tokens; one outcome for each of its works, in order. `generations` are by call.
 
+    Steps ahead are run too, as long as `interrupted`, which another thread may set, is 0.
     Raises torch.AcceleratorError where the device itself is lost; everything else that goes wrong is an outcome.
     """
     for src, dst in step.copies:
         executor.copy_block(src, dst)
+    if step.ahead and isinstance(executor, Decoder) and (gone := _go_on(executor, step, generations, interrupted)) is not None:
+        return gone
     for work in step.work:
         if work.samples:
             generations[work.sequence.call].sampler.prepare()
@@ -70,6 +74,26 @@ def compute(executor: Executor, step: Step, generations: Mapping[int, Generation
     return outcomes
 
 
+def _go_on(executor: Decoder, step: Step, generations: Mapping[int, Generation], interrupted: ctypes.c_int32) -> list[Outcome] | None:
+    """The tokens of `step` and of the steps ahead. None where nothing came of it: the step as such will say for whom, and why."""
+    going, rounds = [generations[work.sequence.call] for work in step.work], 1 + step.ahead
+    try:
+        batch = ragged_batch([_chunk(work) for work in step.work])
+        tokens = executor.decode(batch, [generation.choice(rounds) for generation in going], rounds, interrupted)
+    except Exception as error:  # noqa: BLE001 (whatever it is, the step alone comes to it again)
+        logger.debug("several steps at once failed: %s", error)
+        return None
+    if (tokens[0] < 0).any():
+        return None
+    outcomes: list[Outcome] = []
+    for generation, column in zip(going, tokens.T.tolist(), strict=True):
+        chosen = list(itertools.takewhile(lambda token: token >= 0, column))
+        for token in chosen:
+            generation.sampler.accept(token)
+        outcomes.append(tuple((token, None) for token in chosen))
+    return outcomes
+
+
 def _place(rows: _Rows | PrecisError, work: Work, drafted: int) -> tuple[_Rows, int]:
     """The row of logits behind everything known of a sequence and `drafted` tokens of its draft."""
     assert isinstance(rows, _Rows), "who failed is not active"
@@ -77,19 +101,9 @@ def _place(rows: _Rows | PrecisError, work: Work, drafted: int) -> tuple[_Rows, 
 
 
 def _choose(places: Sequence[tuple[_Rows, int]], samplers: Sequence[Sampler]) -> list[Sampled | PrecisError]:
-    """As `sample`; where all that is wanted is a largest logit that the executor has found already, nobody looks at the logits again."""
-    tokens = [
-        int(rows.largest[row]) if rows.largest is not None and sampler.takes_largest else -1
-        for (rows, row), sampler in zip(places, samplers, strict=True)
-    ]
-    rest = [index for index, token in enumerate(tokens) if token < 0]  # those with a logit that is not finite too
-    others = iter(
-        sample([places[index][0].logits[places[index][1]] for index in rest], [samplers[index] for index in rest]) if rest else ()
-    )
-    for token, sampler in zip(tokens, samplers, strict=True):
-        if token >= 0:
-            sampler.accept(token)
-    return [(token, None) if token >= 0 else next(others) for token in tokens]
+    """As `sample`, with what the executor has found already."""
+    largest = [None if rows.largest is None else int(rows.largest[row]) for rows, row in places]
+    return sample([rows.logits[row] for rows, row in places], samplers, largest)
 
 
 def _goes_on(work: Work, outcome: Outcome, rows: _Rows | PrecisError, generations: Mapping[int, Generation]) -> bool:

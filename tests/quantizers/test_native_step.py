@@ -1,6 +1,7 @@
 """The fused step against transformers, and against itself in other company: alone, in a batch, in chunks, on other threads."""
 
 import copy
+import ctypes
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from transformers import (
 from model_store.formats.safetensors import SafetensorsSource
 from quantizers.errors import InvalidInput
 from quantizers.kernels.cpu import library
+from quantizers.kernels.cpu.sampling import Choice, Filters, choose
 from quantizers.kernels.cpu.step import BLOCK_SIZE, NativeStep
 from quantizers.linear import QuantizedLinear
 from quantizers.methods.rtn import quantize_minifloat, quantize_nearest
@@ -422,6 +424,72 @@ def test_the_first_largest_logit_of_every_row(isa: str, threads: int) -> None:
             damaged = weight.clone()
             damaged[row] = bad
             assert found(damaged)[0] == [-1] * 41
+
+
+GREEDY = Choice(Filters(0.0), (), ())
+
+
+def choices_of(rounds: int) -> list[Choice]:
+    """Of four sequences: greedy and drawn, with filters and without."""
+    u = np.random.default_rng(1).random((3, rounds)).tolist()
+    return [
+        GREEDY,
+        *(Choice(kept, drawn, ()) for kept, drawn in zip((Filters(1.0), Filters(0.7, top_p=0.8), Filters(1.3, top_k=20)), u, strict=True)),
+    ]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_rounds_are_as_many_steps(name: str, threads: int) -> None:
+    """Tokens, and what is in the cache behind them, over several blocks and beyond the first rotary tables."""
+    torch.set_num_threads(threads)
+    model = small(name)
+    rounds, starts = 40, [5, 1000, 17, 0]
+    going, single = (Cache(model, sequences=4, length=1060) for _ in range(2))
+    for cache in (going, single):
+        for sequence, start in enumerate(starts):
+            if start:
+                cache.feed(text(model, start, seed=sequence), sequence=sequence)
+    ids, positions, choices = ints(9, 8, 7, 6), ints(*starts), choices_of(rounds)
+    found = going.step.decode(ids, positions, going.tables, choices, rounds, ctypes.c_int32())
+    rows = ints(0, 1, 2, 3)
+    for index in range(rounds):
+        logits = single.step.forward(ids, positions + index, ints(0, 1, 2, 3, 4), single.tables, rows)
+        drawn = choose([*logits[1:]], [choice.filters for choice in choices[1:]], [choice.u[index] for choice in choices[1:]])
+        ids = ints(int(single.step.largest[0]), *drawn)
+        assert found[index].tolist() == ids.tolist()
+    after = [cache.step.forward(ids, positions + rounds, ints(0, 1, 2, 3, 4), cache.tables, rows) for cache in (going, single)]
+    assert torch.equal(*after)
+
+
+def test_rounds_stop_at_an_end_at_a_wish_and_at_what_is_no_number() -> None:
+    model = small("llama")
+    cache = Cache(model, sequences=2)
+    arguments = (ints(3, 4), ints(0, 0), cache.tables)
+    tokens = cache.step.decode(*arguments, [GREEDY] * 2, 12, ctypes.c_int32())
+    assert tokens.shape == (12, 2)
+    first = {int(token): index for index, token in reversed(list(enumerate(tokens[:, 1].tolist())))}
+    token, at = max(first.items(), key=lambda item: item[1])
+    assert at > 0, "a text that changes"
+    never = next(one for one in range(307) if one not in tokens)
+    ends = [GREEDY._replace(ends=(never,)), GREEDY._replace(ends=(never, token))]
+    assert cache.step.decode(*arguments, ends, 12, ctypes.c_int32()).tolist() == tokens[: at + 1].tolist()
+    assert cache.step.decode(*arguments, [GREEDY] * 2, 12, ctypes.c_int32(1)).tolist() == tokens[:1].tolist()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[int(tokens[2, 0])] = float("nan")
+    found = Cache(model, sequences=2).step.decode(*arguments, [GREEDY] * 2, 12, ctypes.c_int32())
+    assert found[-1, 0] == -1 and found[:-1].tolist() == tokens[: len(found) - 1].tolist()
+
+
+def test_rounds_beyond_the_blocks_are_refused_and_write_nothing() -> None:
+    step = NativeStep(small("llama"))
+    step.allocate(4)
+    step._cache.fill_(0x55)
+    tables = np.array([[0, 1], [2, 4]], np.int32)
+    for positions, message in ((ints(0, 20), "block table"), (ints(0, 5), "cache of 4 blocks"), (ints(-1, 0), "position")):
+        with pytest.raises(InvalidInput, match=message):
+            step.decode(ints(1, 2), positions, tables, [GREEDY] * 2, 13, ctypes.c_int32())
+    assert (step._cache == 0x55).all()
 
 
 GOOD: dict[str, np.ndarray] = {

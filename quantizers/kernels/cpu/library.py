@@ -17,7 +17,7 @@ from torch import Tensor
 
 from quantizers.errors import InvalidInput
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 GROUPED, TOKEN, BF16, FP32, GROUPED_TOKEN, CODEBOOK, CODEBOOK_POWER, CODEBOOK_HALVES, E4M3 = range(9)  # Kind of layout.h
 ZEROS = {"none": 0, "integer": 1, "minimum": 2}
 HEADER_BYTES = 64  # of a matrix of a code book
@@ -68,7 +68,9 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "precis_step_free": (None, [c_void_p]),
     "precis_step_workspace_bytes": (c_int64, [c_void_p]),
     "precis_step_forward": (c_int, [c_void_p, c_void_p, c_int]),
+    "precis_step_decode": (c_int, [c_void_p, c_void_p, c_void_p, c_int]),
     "precis_step_seconds": (None, [c_void_p, c_void_p]),
+    "precis_choose": (c_int, [c_void_p, c_int, c_void_p]),
     "precis_copy_block": (None, [c_void_p, c_void_p, c_int64, c_int64, c_int64]),
     "precis_linear": (c_int, [POINTER(Matrix), c_void_p, c_int, c_void_p, c_int]),
 }

@@ -8,6 +8,7 @@ cut into fixed parts.
 
 import ctypes
 import time
+from collections.abc import Callable, Sequence
 from typing import Self
 
 import numpy as np
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from quantizers.errors import InvalidInput, OutOfMemory
 from quantizers.kernels.cpu import library
 from quantizers.kernels.cpu.llama import Facts, matrix, read, why_not
-from quantizers.kernels.cpu.structs import PHASES, Batch, Layer, Model
+from quantizers.kernels.cpu.sampling import Choice, describe
+from quantizers.kernels.cpu.structs import PHASES, Batch, Draw, Layer, Model, Rounds
 from quantizers.kernels.cpu.team import TeamSize
 from quantizers.kernels.kv_cache import Plane
 
@@ -130,6 +132,53 @@ class NativeStep:
         Keys and values of the new tokens are written first; a token attends to cached positions up to its own (within the layer's window).
         Raises InvalidInput, with nothing written, where an argument is not as said; OutOfMemory without a workspace.
         """
+        batch, logits = self._batch(token_ids, positions, query_start, block_tables, logits_rows)
+        self._run(lambda threads: self._library.precis_step_forward(self._step, ctypes.byref(batch), threads))
+        return logits
+
+    def decode(
+        self,
+        token_ids: Int32,
+        positions: Int32,
+        block_tables: Int32,
+        choices: Sequence[Choice],
+        rounds: int,
+        interrupted: ctypes.c_int32,
+    ) -> Int32:
+        """Up to `rounds` steps in a row over S sequences, each on the tokens that the one before chose; returns these, int32 [done, S].
+
+        token_ids, positions: int32 [S], one token of each sequence. block_tables: as of `forward`, with the blocks of all positions that
+        are written, `rounds` of each sequence. The bits are those of as many calls of `forward`.
+
+        A round is the last where a token in it ends its sequence, or is -1, as its logits are not finite or leave none; or where
+        `interrupted`, which another thread may set, is not 0 after it. Raises as `forward`, before anything is written.
+        """
+        count = len(token_ids)
+        batch, _ = self._batch(
+            token_ids, positions, np.arange(count + 1, dtype=np.int32), block_tables, np.arange(count, dtype=np.int32), rounds
+        )
+        draws = (Draw * (rounds * count))()
+        for row, choice in enumerate(choices):
+            for index, u in enumerate(choice.u):
+                describe(draws[index * count + row], choice.filters, u)
+        ends = np.array([token for choice in choices for token in choice.ends], np.int32)
+        end_start = np.cumsum([0, *(len(choice.ends) for choice in choices)], dtype=np.int32)
+        tokens = np.empty((rounds, count), np.int32)
+        plan = Rounds(
+            most=rounds,
+            draw=ctypes.addressof(draws),
+            end=ends.ctypes.data,
+            end_start=end_start.ctypes.data,
+            interrupted=ctypes.addressof(interrupted),
+            token=tokens.ctypes.data,
+        )
+        self._run(lambda threads: self._library.precis_step_decode(self._step, ctypes.byref(batch), ctypes.byref(plan), threads))
+        return tokens[: plan.done]
+
+    def _batch(
+        self, token_ids: Int32, positions: Int32, query_start: Int32, block_tables: Int32, logits_rows: Int32, rounds: int = 1
+    ) -> tuple[Batch, Tensor]:
+        """The arguments of `forward` for the C interface, with memory for the logits."""
         if self._step is None:
             raise InvalidInput("the native step was closed: make another one for the model")
         arrays = [_int32(array, name) for array, name in zip((token_ids, positions, query_start, logits_rows), _FLAT, strict=True)]
@@ -137,7 +186,7 @@ class NativeStep:
         if len(arrays[0]) == 0 or len(arrays[1]) != len(arrays[0]) or len(arrays[2]) != len(tables) + 1:
             counts = f"{len(arrays[0])} token ids, {len(arrays[1])} positions, {len(tables)} block tables, {len(arrays[2])} of query_start"
             raise InvalidInput(f"{counts}: there must be as many positions as tokens (one or more), and one query_start more than tables")
-        self._grow_rotary(int(arrays[1].max()) + 1)
+        self._grow_rotary(int(arrays[1].max()) + rounds)
         logits = torch.empty(len(arrays[3]), self._facts.vocab)
         self.largest = np.empty(len(arrays[3]), np.int32)
         batch = Batch(
@@ -155,12 +204,12 @@ class NativeStep:
             logits=logits.data_ptr(),
             largest=self.largest.ctypes.data,
         )
-        self._run(batch)
-        return logits
+        batch.holds = (*arrays, tables, logits)
+        return batch, logits
 
-    def _run(self, batch: Batch) -> None:
+    def _run(self, call: Callable[[int], int]) -> None:
         threads, waited, started = self._team.choose(library.threads()), self._waited(), time.perf_counter()
-        self._check(self._library.precis_step_forward(self._step, ctypes.byref(batch), threads))
+        self._check(call(threads))
         self._team.learn(threads, time.perf_counter() - started, self._waited() - waited)
 
     def _waited(self) -> float:

@@ -1,6 +1,6 @@
-"""`Layer`, `Model` and `Batch` of native/step.h, field by field."""
+"""`Layer`, `Model`, `Batch` and `Rounds` of native/step.h and `Draw` of native/draw.h, field by field."""
 
-from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
+from ctypes import Structure, c_double, c_float, c_int32, c_int64, c_void_p
 
 from quantizers.kernels.cpu.library import Matrix
 
@@ -31,7 +31,31 @@ class Model(Structure):
 
 
 class Batch(Structure):
+    holds: tuple[object, ...] = ()  # what its addresses lie in
+
     _fields_ = (
         *((name, c_int64) for name in ("tokens", "sequences", "table_width", "logit_rows", "blocks", "positions")),
         *((name, c_void_p) for name in ("id", "position", "query_start", "table", "logit_row", "cos", "sin", "cache", "logits", "largest")),
+    )
+
+
+class Draw(Structure):
+    """`u`: in [0, 1), which token; top_k 0, top_p 1 and min_p 0 keep all."""
+
+    _fields_ = (
+        ("logits", c_void_p),
+        ("u", c_double),
+        ("vocab", c_int32),
+        ("top_k", c_int32),
+        ("temperature", c_float),
+        ("top_p", c_float),
+        ("min_p", c_float),
+    )
+
+
+class Rounds(Structure):
+    _fields_ = (
+        ("most", c_int64),
+        *((name, c_void_p) for name in ("draw", "end", "end_start", "interrupted", "token")),
+        ("done", c_int64),
     )

@@ -4,6 +4,7 @@ At every batch size, with mixed lengths, with and without prefixes found in the 
 out of a cache that is too small. Both executors: transformers' modeling code, and the native step where the machine has it.
 """
 
+import ctypes
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from quantizers.errors import InvalidInput, PrecisError
 from server.engine.blocks import BlockPool
-from server.engine.executor import Executor
+from server.engine.executor import Decoder, Executor
 from server.engine.generation import Generation
 from server.engine.hf_executor import HfExecutor
 from server.engine.interface import Finished, Request, Sampling, Started, Token, VariantKey, VariantSpec
@@ -113,6 +114,7 @@ class Driver:
         self.scheduler = Scheduler(self.pool, runner.executor.block_size, Limits(**{"scored_tokens": 300, **limits}))
         self.steps = self.right = 0
         self.drafter: Callable[[Generation], None] = lambda generation: None
+        self.ahead = 0  # steps that may follow each, where nobody wants fewer tokens
 
     def run(self, requests: list[Request]) -> list[Events]:
         generations = {call: Generation(call, request, self.runner, 0.0) for call, request in enumerate(requests)}
@@ -130,12 +132,14 @@ class Driver:
     def step(self, generations: dict[int, Generation], events: list[Events]) -> None:
         for generation in generations.values():
             self.drafter(generation)
-        step = self.scheduler.schedule()
+        running = [generations[sequence.call] for sequence in self.scheduler.running]
+        plain = running and all(generation.sampler.plain for generation in running)
+        step = self.scheduler.schedule(min(self.ahead, *(generation.room for generation in running)) if plain else 0)
         assert step is not None
         self.steps += 1
         for work in step.work:
             events[work.sequence.call] += generations[work.sequence.call].begin()
-        for work, outcome in zip(step.work, compute(self.runner.executor, step, generations), strict=True):
+        for work, outcome in zip(step.work, compute(self.runner.executor, step, generations, ctypes.c_int32()), strict=True):
             told = events[work.sequence.call]
             if isinstance(outcome, PrecisError):
                 told.append(outcome)
@@ -333,6 +337,32 @@ def test_drafts_change_no_greedy_token(runner: Runner, prompts: list[tuple[int, 
             assert tokens_of(events) == expected[index]
             assert last.completion_tokens == len(expected[index])
         assert driver.right > len(chosen), "drafts are of use"
+
+
+@pytest.mark.parametrize("ahead", [1, 4, 30])
+@pytest.mark.parametrize("blocks", [500, 30])
+def test_steps_ahead_change_no_greedy_token(
+    ahead: int, blocks: int, runner: Runner, prompts: list[tuple[int, ...]], expected: list[list[int]]
+) -> None:
+    """Texts that end by themselves among them, and a cache in which sequences push each other out."""
+    chosen = [index for index, ids in enumerate(prompts) if len(ids) + COUNT <= blocks * 16]
+    driver = Driver(runner, blocks=blocks)
+    driver.ahead = ahead
+    for index, events in zip(chosen, driver.run([request_of(prompts[index]) for index in chosen]), strict=True):
+        last = finished(events)
+        assert (tokens_of(events), last.completion_tokens) == (expected[index], len(expected[index]))
+    assert (driver.right > len(chosen)) == isinstance(runner.executor, Decoder)
+
+
+def test_steps_ahead_change_no_drawn_token(runner: Runner, prompts: list[tuple[int, ...]]) -> None:
+    kinds: list[dict[str, object]] = [{"top_p": 0.9}, {"top_k": 40, "temperature": 0.7}, {}, {"min_p": 0.05}, {"temperature": 0}]
+    requests = [request_of(ids, seed=index, **{"temperature": 1.0, **kinds[index % 5]}) for index, ids in enumerate(prompts[:10])]
+    driver = Driver(runner)
+    single = driver.run(requests)
+    steps, driver = driver.steps, Driver(runner)
+    driver.ahead = 5
+    assert [tokens_of(events) for events in driver.run(requests)] == [tokens_of(events) for events in single]
+    assert (driver.steps < steps) == isinstance(runner.executor, Decoder)
 
 
 @pytest.mark.slow

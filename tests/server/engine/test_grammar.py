@@ -71,7 +71,7 @@ def folder(request: pytest.FixtureRequest, demo: Path, tmp_path_factory: pytest.
 def generate(compiled: Compiled, vocab: int, end_id: int, seed: int, most: int = 400) -> tuple[list[int], bool]:
     """Tokens drawn from random logits under a grammar, and whether it came to its end."""
     constraint = Constraint(compiled, vocab_size=vocab, end_ids=[end_id], device=CPU)
-    sampler = Sampler(Sampling(max_tokens=most, seed=seed), (0,), vocab_size=vocab, end_ids=[end_id], device=CPU, constraint=constraint)
+    sampler = Sampler(Sampling(max_tokens=most, seed=seed), (0,), end_ids=[end_id], device=CPU, constraint=constraint)
     noise, tokens = torch.Generator().manual_seed(seed), list[int]()
     while len(tokens) < most:
         sampler.prepare()
@@ -112,7 +112,7 @@ def test_a_grammar_that_is_none_and_one_that_fails_on_the_way(demo: Path) -> Non
         Grammars(demo).compile('{"grammars": [{"json_schema": {"type": "objekt"}}]}').result()
     compiled = Grammars(demo).compile(grammar_of({"type": "integer"})).result()
     constraint = Constraint(compiled, vocab_size=49152, end_ids=[2], device=CPU)
-    sampler = Sampler(Sampling(max_tokens=1), (0,), vocab_size=49152, end_ids=[2], device=CPU, constraint=constraint)
+    sampler = Sampler(Sampling(max_tokens=1), (0,), end_ids=[2], device=CPU, constraint=constraint)
     compiled.matcher.consume_token(Tokenizer(demo).encode_now("a")[0])  # nothing that `forbidden` would have let through
     with pytest.raises(GrammarFailed):
         sampler.next(torch.zeros(49152))

@@ -1,9 +1,10 @@
 """The loop with its real threads, ledger and loader over a tiny checkpoint: order, bounds, eviction, and failures that stay alone."""
 
+import ctypes
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,14 +13,17 @@ import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from model_store.formats.safetensors import SafetensorsSource, SafetensorsWriter
+from quantizers.kernels.cpu import library
+from quantizers.kernels.cpu.sampling import Choice
 from quantizers.pipeline import quantize
 from quantizers.recipe import parse_recipe
-from server.engine.executor import Executor
+from server.engine.executor import Executor, Int32, RaggedBatch
 from server.engine.hf_executor import HfExecutor
 from server.engine.interface import Event, Failed, Finished, Request, ResidentInfo, Sampling, Started, Token, VariantKey, VariantSpec
 from server.engine.loading import FolderLoader, Variant
 from server.engine.loop import Loop
 from server.engine.messages import Reply, Report, RequestEvent, StepTokens
+from server.engine.native_executor import NativeExecutor
 from server.engine.residents import Residents
 from server.engine.steps import translate
 from server.residency import Claim, Ledger
@@ -58,11 +62,18 @@ def trouble(module: torch.nn.Module, arguments: tuple[torch.Tensor], output: tor
     return output.masked_fill((arguments[0] == NAN)[..., None], float("nan"))
 
 
+class NativeLoader(InstrumentedLoader):
+    def executor(self, model: PreTrainedModel, config: PretrainedConfig) -> Executor:
+        return FolderLoader.executor(self, model, config)
+
+
 class Bench:
     """A loop and everything that it said."""
 
+    loads_by = InstrumentedLoader
+
     def __init__(self, budget: int = PLENTY, max_waiting: int = 64, speculates: bool = False, twin: str | None = None) -> None:
-        self.loader = InstrumentedLoader()
+        self.loader = self.loads_by()
         self.ledger = Ledger(budget)
         self.residents = Residents(self.loader, self.ledger, CPU)
         self.said: list[Report] = []
@@ -517,3 +528,69 @@ def test_a_grammar_without_a_tokenizer_fails_alone(specs: dict[str, VariantSpec]
         failed = bench.last(1)
         assert isinstance(failed, Failed) and failed.kind == "CorruptData"
         assert isinstance(bench.last(2), Finished)
+
+
+class NativeBench(Bench):
+    """A loop whose variants run by the native step, where the machine has it."""
+
+    loads_by = NativeLoader
+
+    def __init__(self, **options: bool) -> None:
+        if (reason := library.missing()) is not None:
+            pytest.skip(f"native kernels are {reason}")
+        super().__init__(**options)  # type: ignore[arg-type]
+        self.runs: list[tuple[int, int]] = []  # steps that were to be done in a row, and those that were
+
+    def count(self, spec: VariantSpec) -> None:
+        """Note what is run in a row from now on."""
+        runner = self.residents.runner(spec)
+        assert runner is not None and isinstance(runner.executor, NativeExecutor)
+        decode = runner.executor.decode
+
+        def counted(batch: RaggedBatch, choices: Sequence[Choice], rounds: int, interrupted: ctypes.c_int32) -> Int32:
+            tokens = decode(batch, choices, rounds, interrupted)
+            self.runs.append((rounds, len(tokens)))
+            return tokens
+
+        runner.executor.decode = counted  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("speculates", [False, True])
+def test_steps_in_a_row_change_no_event(specs: dict[str, VariantSpec], speculates: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Greedy and drawn requests, ends by number and by a stop token, and one whose penalties keep all beside it to single steps."""
+    told = []
+    for seconds in (0.0, 0.016):
+        monkeypatch.setattr("server.engine.loop._AHEAD_SECONDS", seconds)
+        bench = NativeBench(speculates=speculates)
+        with running(bench):
+            bench.load(90, specs["bf16"])
+            bench.count(specs["bf16"])
+            for call in range(1, 8):
+                options = {"max_tokens": 20 + 9 * call, "temperature": 0.9 * (call % 2), "seed": call, "top_p": 0.9}
+                if call == 4:
+                    options |= {"repetition_penalty": 1.3, "max_tokens": 12}
+                bench.submit(call, specs["bf16"], prompt=(call, 2, 3), stop_token_ids=(5 * call,), **options)
+            assert all(isinstance(bench.last(call), Finished) for call in range(1, 8))
+        told.append([bench.events(call) for call in range(1, 8)])
+        assert (len(bench.runs) > 0) == (seconds > 0)
+        assert any(done > 1 for _, done in bench.runs) == (seconds > 0)
+    assert told[0] == told[1]
+
+
+def test_who_comes_or_leaves_interrupts_steps_in_a_row(specs: dict[str, VariantSpec], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.engine.loop._AHEAD_SECONDS", 3600.0)
+    with running(bench := NativeBench()):
+        bench.load(90, specs["fp32"])
+        bench.count(specs["fp32"])
+        for call, other in ((1, 2), (3, 4)):
+            bench.submit(call, specs["fp32"], max_tokens=60_000)
+            wait_for(lambda call=call: len(bench.events(call)) > 1)  # type: ignore[misc]
+            time.sleep(0.05)  # in the middle of a row that is to go on for minutes
+            bench.submit(other, specs["fp32"], prompt=(7, 8), max_tokens=1)
+            assert isinstance(bench.last(other), Finished)
+            time.sleep(0.05)
+            bench.loop.cancel(call)
+            last = bench.last(call)
+            assert isinstance(last, Finished) and last.reason == "cancelled" and 0 < last.completion_tokens < 60_000
+            assert len([event for event in bench.events(call) if isinstance(event, Token)]) == last.completion_tokens
+    assert any(rounds > 1000 for rounds, _ in bench.runs) and all(done < 59_000 for _, done in bench.runs)

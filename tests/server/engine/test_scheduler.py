@@ -29,11 +29,12 @@ class Model:
         self.limits = limits
         self.cache: dict[int, list[int]] = defaultdict(lambda: [-1] * SIZE)
         self.scores: dict[int, list[int]] = defaultdict(list)  # call -> positions
-        self.steps = self.right = 0
+        self.steps = self.right = self.gone = 0
+        self.early = 0  # steps ahead that do not come to pass
 
-    def run(self) -> list[Sequence]:
-        """One step; returns the sequences that ended with it."""
-        step = self.scheduler.schedule()
+    def run(self, ahead: int = 0) -> list[Sequence]:
+        """One step, with as many as `ahead` that follow at once; returns the sequences that ended with it."""
+        step = self.scheduler.schedule(ahead)
         assert step is not None, "there is work and none is scheduled"
         self.steps += 1
         self.check(step)
@@ -55,7 +56,9 @@ class Model:
         table = work.sequence.table
         assert table is not None
         tokens = [*work.sequence.tokens, *work.draft]
-        for position in range(work.start, work.end + len(work.draft)):
+        while len(tokens) < work.end + work.ahead:
+            tokens.append(following(tokens))
+        for position in range(work.start, work.end + max(len(work.draft), work.ahead)):
             block = table.blocks[position // SIZE]
             assert self.pool.references(block) == 1
             assert not self.pool.published(block)
@@ -78,11 +81,18 @@ class Model:
             sequence.tokens.append(following(sequence.tokens))
             right += 1
         self.right += right
+        for _ in range(work.ahead - self.early):
+            sequence.tokens.append(following(sequence.tokens))
+            right, self.gone = right + 1, self.gone + 1
         if sequence.generated == sequence.max_tokens:
             self.scheduler.remove(sequence)
             return True
         self.scheduler.confirm(work, right)
         return False
+
+    def room(self) -> int:
+        """Steps that may follow the next one: nobody is to have more tokens than it asked for."""
+        return min((sequence.max_tokens - sequence.generated - 1 for sequence in self.scheduler.running), default=0)
 
     def draft(self, choose: random.Random) -> None:
         """Guesses of random lengths for all that run, each token right half of the time."""
@@ -101,10 +111,17 @@ def expected(prompt: list[int], count: int) -> list[int]:
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.integers(0, 2**32), st.integers(6, 40), st.booleans())
-def test_random_arrivals_and_cancellations(seed: int, blocks: int, drafts: bool) -> None:
+@given(st.integers(0, 2**32), st.integers(6, 40), st.booleans(), st.booleans())
+def test_random_arrivals_and_cancellations(seed: int, blocks: int, drafts: bool, goes_on: bool) -> None:
     choose = random.Random(seed)
     model = Model(blocks)
+
+    def run() -> list[Sequence]:
+        if drafts:
+            model.draft(choose)
+        model.early = choose.choice([0, 0, 1, 2])
+        return model.run(choose.randint(0, model.room()) if goes_on else 0)
+
     prompts: dict[int, list[int]] = {}
     alive: dict[int, Sequence] = {}
     ended: list[Sequence] = []
@@ -120,18 +137,14 @@ def test_random_arrivals_and_cancellations(seed: int, blocks: int, drafts: bool)
         model.scheduler.add(sequence)
         for _ in range(choose.randint(0, 4)):
             if model.scheduler.busy:
-                if drafts:
-                    model.draft(choose)
-                ended += model.run()
+                ended += run()
         if choose.random() < 0.2:
             cancelled = choose.choice([other for other in alive.values() if other not in ended] or [sequence])
             if cancelled not in ended:
                 model.scheduler.remove(cancelled)
                 del alive[cancelled.call]
     while model.scheduler.busy:
-        if drafts:
-            model.draft(choose)
-        ended += model.run()
+        ended += run()
         assert model.steps < 5000, "somebody starves"
     assert sorted(sequence.call for sequence in ended) == sorted(alive)
     for sequence in ended:
@@ -158,6 +171,22 @@ def test_a_long_prompt_is_read_beside_streams_that_go_on() -> None:
         for work in step.work:
             model.write(work)
             model.finish(work)
+
+
+def test_steps_ahead_have_blocks_or_are_none() -> None:
+    model = Model(12)
+    model.scheduler.add(sequence_of(1, 4, 24))
+    model.scheduler.add(sequence_of(2, 4, 8))
+    model.run(5)
+    assert model.gone == 0, "prompts are read first"
+    model.run(3)
+    assert model.gone == 6
+    model.scheduler.running[0].draft = [0]
+    model.run(3)
+    assert model.gone == 6, "a draft is verified by itself"
+    used = model.pool.used
+    assert (step := model.scheduler.schedule(40)) is not None and step.ahead == 0
+    assert model.pool.used <= used + 2, "nobody takes what is not there"
 
 
 def test_the_last_to_come_gives_way_and_comes_back() -> None:

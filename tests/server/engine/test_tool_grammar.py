@@ -92,7 +92,7 @@ def test_random_logits_make_calls_that_are_read(grammars: Grammars, tokenizer: T
     for seed in range(6):
         constraint = Constraint(grammars.compile(grammar).result(), vocab_size=49152, end_ids=[END], device=torch.device("cpu"))
         options = Sampling(max_tokens=300, seed=seed)
-        sampler = Sampler(options, (0,), vocab_size=49152, end_ids=[END], device=torch.device("cpu"), constraint=constraint)
+        sampler = Sampler(options, (0,), end_ids=[END], device=torch.device("cpu"), constraint=constraint)
         noise, text = torch.Generator().manual_seed(seed), ""
         detokenizer = tokenizer.detokenizer()
         while not sampler.complete:

@@ -12,7 +12,7 @@
 
 namespace {
 
-constexpr int kAbiVersion = 5;  // changes with every change of a struct or function here
+constexpr int kAbiVersion = 6;  // changes with every change of a struct or function here
 enum Result { kOk = 0, kNoMemory = 1 };
 
 template <class Fn>
@@ -57,10 +57,28 @@ PRECIS_API int precis_step_forward(void* step, const precis::Batch* batch, int t
     return failed ? failed : static_cast<int>(error);
 }
 
+// A code of StepError.
+PRECIS_API int precis_step_decode(void* step, const precis::Batch* batch, precis::Rounds* rounds, int threads) {
+    precis::StepError error = precis::StepError::kNone;
+    const int failed = guarded([&] { error = static_cast<precis::Step*>(step)->decode(*batch, *rounds, threads); });
+    return failed ? failed : static_cast<int>(error);
+}
+
 // Seconds by Phase since the step was made.
 PRECIS_API void precis_step_seconds(const void* step, double* out) {
     const auto& seconds = static_cast<const precis::Step*>(step)->seconds;
     for (size_t i = 0; i < std::size(seconds); i++) out[i] = seconds[i];
+}
+
+// The tokens of `count` draws, see Kernels::choose.
+PRECIS_API int precis_choose(const precis::Draw* draws, int count, int32_t* tokens) {
+    thread_local precis::DrawMemory memory;
+    return guarded([&] {
+        for (int i = 0; i < count; i++) {
+            memory.reserve(draws[i].vocab);
+            tokens[i] = precis::kernels().choose(draws[i], memory);
+        }
+    });
 }
 
 PRECIS_API void precis_copy_block(const precis::Model* m, uint8_t* cache, int64_t blocks, int64_t from, int64_t to) {

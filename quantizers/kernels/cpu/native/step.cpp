@@ -5,6 +5,7 @@
 
 #include <time.h>
 
+#include <algorithm>
 #include <cstring>
 
 namespace precis {
@@ -381,6 +382,34 @@ StepError Step::forward(const Batch& batch, int threads) {
     reserve(batch, threads);
     Run run(*this, batch, kernels());
     run_on_threads(threads, Run::work, &run);
+    return StepError::kNone;
+}
+
+StepError Step::decode(const Batch& batch, Rounds& rounds, int threads) {
+    rounds.done = 0;
+    Batch now = batch;
+    id_.assign(batch.id, batch.id + batch.tokens), position_.assign(batch.position, batch.position + batch.tokens);
+    now.id = id_.data(), now.position = position_.data();
+    for (int32_t& position : position_) position += static_cast<int32_t>(rounds.most - 1);
+    const StepError wrong = check(m_, now);  // of the last round, before the first writes
+    if (wrong != StepError::kNone) return wrong;
+    position_.assign(batch.position, batch.position + batch.tokens);
+    draw_.reserve(static_cast<int32_t>(m_.vocab));
+    for (bool goes_on = true; goes_on && rounds.done < rounds.most; rounds.done++) {
+        const StepError error = forward(now, threads);
+        if (error != StepError::kNone) return error;
+        const int64_t row = rounds.done * batch.sequences;
+        for (int64_t s = 0; s < batch.sequences; s++) {
+            Draw& draw = rounds.draw[row + s];
+            draw.logits = batch.logits + s * m_.vocab, draw.vocab = static_cast<int32_t>(m_.vocab);
+            const bool chooses = draw.temperature > 0 && batch.largest[s] >= 0;
+            const int32_t token = rounds.token[row + s] = chooses ? kernels().choose(draw, draw_) : batch.largest[s];
+            const int32_t *end = rounds.end + rounds.end_start[s], *last = rounds.end + rounds.end_start[s + 1];
+            goes_on &= token >= 0 && std::find(end, last, token) == last;
+            id_[static_cast<size_t>(s)] = token, position_[static_cast<size_t>(s)]++;
+        }
+        goes_on &= __atomic_load_n(rounds.interrupted, __ATOMIC_RELAXED) == 0;
+    }
     return StepError::kNone;
 }
 

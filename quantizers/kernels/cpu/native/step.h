@@ -47,6 +47,17 @@ struct Batch {
     int32_t* largest;  // [logit_rows]: where the first largest logit of a row is, -1 where one of them is not finite
 };
 
+// Steps in a row over a batch of one token a sequence, each on the tokens that the one before it chose.
+struct Rounds {
+    int64_t most;                // rounds to go, at least one
+    Draw* draw;                  // [most][sequences], without logits; a temperature of 0 takes the largest logit
+    const int32_t* end;          // tokens after which a sequence goes no further,
+    const int32_t* end_start;    // [sequences + 1]: where each sequence's begin
+    const int32_t* interrupted;  // another thread may set it at any time
+    int32_t* token;              // [most][sequences]: what was chosen; -1 as of Kernels::choose, or where a logit is not finite
+    int64_t done;                // rounds, each whole: all, or up to the first with an end, with -1 or after which `interrupted` was set
+};
+
 enum class Phase { kNorm, kQkv, kCache, kAttention, kOut, kMlp, kDown, kHead, kWait, kCount };
 
 enum class StepError { kNone = 0, kNoMemory = 1, kToken = 2, kPosition = 3, kStart = 4, kBlock = 5, kLogitRow = 6 };
@@ -82,6 +93,8 @@ public:
 
     // Throws std::bad_alloc.
     StepError forward(const Batch& batch, int threads);
+    // `batch` has one token of every sequence, at positions whose blocks for `most` more are there, and wants the logits of all. Throws std::bad_alloc.
+    StepError decode(const Batch& batch, Rounds& rounds, int threads);
     size_t workspace_bytes() const;
     double seconds[static_cast<int>(Phase::kCount)] = {};  // spent by the calling thread since the step was made
 
@@ -112,6 +125,8 @@ private:
     AttentionPlan plan_;
     std::vector<Local> local_;
     Shares shares_[6];  // by Run::Units
+    std::vector<int32_t> id_, position_;  // of a round
+    DrawMemory draw_;
     Buffer<float> x_, qkv_, attended_, h_, max_, sum_, partial_;
 };
 

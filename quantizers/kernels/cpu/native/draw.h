@@ -1,0 +1,49 @@
+// What is drawn from a row of logits, and the memory that it takes.
+#pragma once
+
+#include <cstdint>
+
+#include "memory.h"
+
+namespace precis {
+
+// Mirrored by `structs.Draw`.
+struct Draw {
+    const float* logits;  // [vocab]; -inf is never drawn
+    double u;             // in [0, 1): which of the tokens, as they follow each other with their masses
+    int32_t vocab;
+    int32_t top_k;      // 0: all
+    float temperature;  // above 0
+    float top_p;        // 1: all
+    float min_p;        // 0: all
+};
+
+// A token that filters have left so far.
+struct Candidate {
+    float z;  // (logit - largest) / temperature
+    int32_t id;
+    double mass;
+};
+
+struct DrawMemory {
+    static constexpr int kPart = 64;  // logits whose masses are summed in fp32; their sums are added in fp64
+
+    float *z = nullptr, *scratch = nullptr;  // [vocab], and up to 16 more
+    float* most = nullptr;                   // [parts]
+    double* sums = nullptr;                  // [parts]
+    Candidate *candidates = nullptr, *order = nullptr;  // [vocab]
+    int32_t count = 0;                       // of candidates
+
+    void reserve(int32_t vocab) {
+        const size_t size = static_cast<size_t>(vocab) + 16, parts = size / kPart + 1;
+        z = z_.reserve(size), scratch = scratch_.reserve(size), most = most_.reserve(parts), sums = sums_.reserve(parts);
+        candidates = candidates_.reserve(size), order = order_.reserve(size);
+    }
+
+private:
+    Buffer<float> z_, scratch_, most_;
+    Buffer<double> sums_;
+    Buffer<Candidate> candidates_, order_;
+};
+
+}  // namespace precis
