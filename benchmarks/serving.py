@@ -134,7 +134,9 @@ async def measure(options: argparse.Namespace) -> list[dict[str, float | str]]:
             for _ in range(options.rounds):
                 step.run("step", "decode", prompts=[PROMPTS[0][:CONTEXT]], steps=options.tokens)
                 rates = {"step": options.tokens / step.best.pop("step")}
-                rates["engine"] = await decode_speed(engine, key, info, 1, argparse.Namespace(prompt=CONTEXT, tokens=options.tokens))
+                rates["engine"] = await decode_speed(
+                    engine, key, info, 1, argparse.Namespace(prompt=CONTEXT, tokens=options.tokens, temperature=0, top_p=1)
+                )
                 rates["HTTP"] = await asyncio.to_thread(server.decode, slug, options.tokens)
                 rates["official client"] = await asyncio.to_thread(server.decode_officially, slug, options.tokens)
                 rates |= {"HTTP by step": rates["HTTP"] / rates["step"], "HTTP by engine": rates["HTTP"] / rates["engine"]}

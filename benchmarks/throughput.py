@@ -46,7 +46,7 @@ async def decode_speed(engine: EngineClient, key: VariantKey, info: ResidentInfo
 
     async def stream(index: int) -> None:
         prompt = tuple(random.choices(range(info.vocab_size), k=options.prompt))
-        sampling = Sampling(max_tokens=options.tokens, temperature=0, ignore_eos=True)
+        sampling = Sampling(max_tokens=options.tokens, temperature=options.temperature, top_p=options.top_p, ignore_eos=True)
         async for event in engine.generate(Request(id=str(index), variant=key, prompt_token_ids=prompt, sampling=sampling)):
             if isinstance(event, Token):
                 times[index].append(clock())
@@ -109,6 +109,8 @@ def main() -> None:
     parser.add_argument("--streams", type=lambda text: [int(part) for part in text.split(",")], default=[1, 2, 4, 8, 16, 24])
     parser.add_argument("--prompt", type=int, default=64, help="tokens of each prompt")
     parser.add_argument("--tokens", type=int, default=64, help="tokens that each stream generates")
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, help="of a matrix product; default: every core")
     parser.add_argument("--device", default="auto")

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from quantizers.kernels.cpu.sampling import Choice
-from server.engine.device import one_thread
 from server.engine.grammar import Compiled
 from server.engine.interface import Finished, FinishReason, Request, Started, Token, TokenLogprob
 from server.engine.runner import Runner
@@ -57,17 +56,17 @@ class Generation:
         if not self._started and not self.scored:
             yield self._start(None)
 
-    @one_thread()
-    def score(self, work: Work, logits: Tensor) -> None:
+    def score(self, work: Work, logits: Tensor, *, finite: bool) -> None:
         """Take the log-probabilities of the prompt from `logits` [positions, vocab] of `work`, from its logits_from on.
 
-        Raises NonFiniteLogits.
+        Raises NonFiniteLogits, unless it is known that all are `finite`.
         """
         prompt = self._request.prompt_token_ids
         following = prompt[work.logits_from + 1 : work.end + 1]
         if following:
             rows = logits[: len(following)]
-            check_finite(rows)
+            if not finite:
+                check_finite(rows)
             self._logprobs += token_logprobs(rows, following, self._sampling.prompt_logprobs or 0)
 
     @property

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from quantizers.errors import InvalidInput, PrecisError
 from quantizers.kernels.cpu import library
-from quantizers.kernels.cpu.sampling import Filters
+from quantizers.kernels.cpu.sampling import Filters, log_probabilities
 from quantizers.kernels.cpu.sampling import choose as native_choose
 from server.engine.device import move, one_thread
 from server.engine.grammar import Constraint
@@ -132,9 +132,19 @@ def choose(logits: Tensor, u: Sequence[float]) -> Tensor:
     return torch.minimum(found, torch.searchsorted(cumulative, total))[:, 0]
 
 
-@one_thread()
 def token_logprobs(logits: Tensor, token_ids: Sequence[int], top: int) -> list[TokenLogprob]:
     """Natural-log probabilities of `token_ids` [rows] under `logits` [rows, vocab] fp32, with the `top` likeliest of each row."""
+    if logits.device.type == "cpu" and library.missing() is None:
+        own, best, theirs = log_probabilities(logits.contiguous(), token_ids, top)
+        return [
+            TokenLogprob(token_id=token, logprob=logprob, top=tuple(zip(top_ids, top_values, strict=True)))
+            for token, logprob, top_ids, top_values in zip(token_ids, own, best.tolist(), theirs.tolist(), strict=True)
+        ]
+    return _torch_logprobs(logits, token_ids, top)
+
+
+@one_thread()
+def _torch_logprobs(logits: Tensor, token_ids: Sequence[int], top: int) -> list[TokenLogprob]:
     logprobs = logits.log_softmax(-1)
     rows = torch.arange(logits.shape[0], device=logits.device)
     chosen = logprobs[rows, torch.tensor(token_ids, device=logits.device)].tolist()

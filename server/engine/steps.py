@@ -52,7 +52,7 @@ def compute(executor: Executor, step: Step, generations: Mapping[int, Generation
             found[index] = _without_draft(executor, work, generations)
     outcomes: list[Outcome] = []
     for work, rows in zip(step.work, found, strict=True):
-        outcomes.append(rows if isinstance(rows, PrecisError) else _score(generations[work.sequence.call], work, rows.logits))
+        outcomes.append(rows if isinstance(rows, PrecisError) else _score(generations[work.sequence.call], work, rows))
     active = [
         index
         for index, work in enumerate(step.work)
@@ -128,11 +128,11 @@ def _without_draft(executor: Executor, work: Work, generations: Mapping[int, Gen
     return rows if isinstance(rows, PrecisError) else rows.part(0, work.end - work.logits_from)
 
 
-def _score(generation: Generation, work: Work, rows: Tensor) -> Outcome:
+def _score(generation: Generation, work: Work, rows: _Rows) -> Outcome:
     if not generation.scored:
         return ()
     try:
-        generation.score(work, rows)
+        generation.score(work, rows.logits, finite=rows.largest is not None and bool((rows.largest >= 0).all()))
     except NonFiniteLogits as error:
         return error
     return ()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from quantizers.kernels.cpu import library
-from quantizers.kernels.cpu.sampling import Filters, choose
+from quantizers.kernels.cpu.sampling import Filters, choose, log_probabilities
 from tests.quantizers.test_native_linear import (
     available,
     restore,  # noqa: F401  after every test here too
@@ -139,3 +139,38 @@ def test_rows_of_different_vocabularies_in_one_call() -> None:
     filters = [Filters(1.0, top_p=0.8), Filters(0.5), Filters(1.5, top_k=9), Filters(1.0, min_p=0.3)]
     alone = [choose([row], [one], [0.4])[0] for row, one in zip(logits, filters, strict=True)]
     assert choose(logits, filters, [0.4] * 4) == alone
+
+
+@settings(max_examples=150, deadline=None)
+@given(rows(), st.sampled_from([0, 1, 5, 20, 10**6]), st.integers(1, 20))
+def test_log_probabilities_are_those_of_fp64(row: torch.Tensor, top: int, count: int) -> None:
+    """Many rows are shared out to threads; of equally likely tokens the first come first."""
+    logits = torch.stack([row.roll(shift) for shift in range(count)])
+    expected = logits.double().log_softmax(-1).numpy()
+    tokens = [shift * 7 % len(row) for shift in range(count)]
+    own, ids, values = log_probabilities(logits, tokens, top)
+    assert np.allclose(own, expected[np.arange(count), tokens], rtol=1e-6, atol=1e-6)
+    most = min(top, len(row))
+    assert ids.shape == values.shape == (count, most)
+    best = np.argsort(-(logits.numpy() - logits.numpy().max(-1, keepdims=True)), axis=-1, kind="stable")[:, :most]
+    assert (ids == best).all()
+    assert np.allclose(values, np.take_along_axis(expected, best, -1), rtol=1e-6, atol=1e-6)
+
+
+def test_log_probabilities_are_the_same_everywhere() -> None:
+    logits = torch.randn(40, 5000, generator=torch.Generator().manual_seed(1)) * 4
+    found = set()
+    for isa in available():
+        for threads in (1, 3):
+            library.select_instruction_set(isa)
+            torch.set_num_threads(threads)
+            own, ids, values = log_probabilities(logits, list(range(40)), 7)
+            found.add((tuple(own), ids.tobytes(), values.tobytes()))
+    assert len(found) == 1
+
+
+def test_log_probabilities_of_what_is_no_distribution() -> None:
+    logits = torch.zeros(3, 70)
+    logits[0, 69], logits[1], logits[2, 5] = math.nan, -math.inf, math.inf
+    own, ids, values = log_probabilities(logits, [0, 1, 5], 3)
+    assert np.isnan(own).all() and np.isnan(values).all() and ((ids >= 0) & (ids < 70)).all()

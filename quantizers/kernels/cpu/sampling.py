@@ -6,11 +6,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from quantizers.kernels.cpu import library
 from quantizers.kernels.cpu.structs import Draw
 
+Int32 = NDArray[np.int32]
+Float32 = NDArray[np.float32]
+_ROWS_OF_THREAD = 8  # fewer are done before another thread has come
 _MOST = (1 << 31) - 1  # a larger top-k is none
 
 
@@ -53,3 +57,23 @@ def describe(draw: Draw, filters: Filters, u: float) -> None:
     """All of `draw` but its logits."""
     draw.u, draw.top_k = u, min(filters.top_k, _MOST)
     draw.temperature, draw.top_p, draw.min_p = filters.temperature, filters.top_p, filters.min_p
+
+
+def log_probabilities(logits: Tensor, token_ids: Sequence[int], top: int) -> tuple[list[float], Int32, Float32]:
+    """Of each row of `logits`, fp32 [rows, vocab] on the host and contiguous: the natural logarithm of the probability of its token of
+    `token_ids`, and of the `top` likeliest ones, at most the vocabulary, as ids and values [rows, top]; of equal ones the first come first.
+
+    Sums are fp32 in parts of 64 and fp64 over these, the same to the bit on every processor. NaN where a logit is NaN or positive infinity,
+    or all are negative infinity. Raises MemoryError.
+    """
+    assert logits.dtype == torch.float32 and logits.dim() == 2 and logits.is_contiguous()
+    rows, vocab = logits.shape
+    tokens = np.array(token_ids, np.int32)
+    assert tokens.shape == (rows,) and (tokens >= 0).all() and (tokens < vocab).all()
+    top = min(top, vocab)
+    own, ids, values = np.empty(rows, np.float32), np.empty((rows, top), np.int32), np.empty((rows, top), np.float32)
+    addresses = [array.ctypes.data for array in (own, ids, values)]
+    threads = max(1, min(library.threads(), rows // _ROWS_OF_THREAD))
+    library.call(library.library().precis_log_probabilities, logits.data_ptr(), rows, vocab, tokens.ctypes.data, top, *addresses, threads)
+    found: list[float] = own.tolist()
+    return found, ids, values

@@ -72,13 +72,13 @@ PRECIS_API void precis_step_seconds(const void* step, double* out) {
 
 // The tokens of `count` draws, see Kernels::choose.
 PRECIS_API int precis_choose(const precis::Draw* draws, int count, int32_t* tokens) {
-    thread_local precis::DrawMemory memory;
-    return guarded([&] {
-        for (int i = 0; i < count; i++) {
-            memory.reserve(draws[i].vocab);
-            tokens[i] = precis::kernels().choose(draws[i], memory);
-        }
-    });
+    return guarded([&] { precis::choose(draws, count, tokens); });
+}
+
+// Of `count` rows [vocab]: logarithms of the probability of a token each [count], and of the `top` likeliest with their ids [count][top].
+PRECIS_API int precis_log_probabilities(const float* logits, int count, int32_t vocab, const int32_t* tokens, int32_t top, float* logprob,
+                                        int32_t* top_id, float* top_logprob, int threads) {
+    return guarded([&] { precis::log_probabilities(logits, count, vocab, tokens, top, logprob, top_id, top_logprob, threads); });
 }
 
 PRECIS_API void precis_copy_block(const precis::Model* m, uint8_t* cache, int64_t blocks, int64_t from, int64_t to) {

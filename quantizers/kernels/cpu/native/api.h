@@ -1,6 +1,7 @@
 // What the C interface of api.cpp is made of.
 #pragma once
 
+#include "draw.h"
 #include "layout.h"
 
 namespace precis {
@@ -23,6 +24,13 @@ void read_row(const Matrix& m, int64_t row, float* x);
 
 // y [tokens][rows] = x [tokens][columns] times the matrix's transpose, plus its bias.
 void linear(const Matrix& m, const float* x, int tokens, float* y, int threads);
+
+// The token of each draw, see Kernels::choose.
+void choose(const Draw* draws, int count, int32_t* tokens);
+
+// Of `count` rows [vocab]: logarithms of the probability of a token each [count], and of the `top` likeliest with their ids [count][top].
+void log_probabilities(const float* logits, int count, int32_t vocab, const int32_t* tokens, int32_t top, float* logprob, int32_t* top_id,
+                       float* top_logprob, int threads);
 
 // The sum of `count` words, which is not of interest: their reading is.
 uint64_t read_all(const uint64_t* words, int64_t count, int threads);

@@ -18,6 +18,14 @@ struct Draw {
     float min_p;        // 0: all
 };
 
+// What is asked of a row of logits.
+struct Score {
+    int32_t token, top;
+    float* logprob;      // of `token`
+    int32_t* top_id;     // [top]: the likeliest, of equal ones the first; no more than the vocabulary has
+    float* top_logprob;  // [top]
+};
+
 // A token that filters have left so far.
 struct Candidate {
     float z;  // (logit - largest) / temperature

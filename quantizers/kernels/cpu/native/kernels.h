@@ -83,6 +83,7 @@ struct Kernels {
     void (*largest)(const float* x, int n, int32_t first, Largest& seen);
     // The next token, see choose.inc; -1 where a logit is not a number or none is left. `memory` has room for its vocabulary.
     int32_t (*choose)(const Draw& draw, DrawMemory& memory);
+    void (*log_probabilities)(const float* logits, int32_t vocab, const Score& score, DrawMemory& memory);
 };
 
 // Two blocks unpacked to bytes, with their scales and zeros as floats.
