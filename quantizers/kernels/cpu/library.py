@@ -70,7 +70,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "precis_step_forward": (c_int, [c_void_p, c_void_p, c_int]),
     "precis_step_decode": (c_int, [c_void_p, c_void_p, c_void_p, c_int]),
     "precis_step_seconds": (None, [c_void_p, c_void_p]),
-    "precis_choose": (c_int, [c_void_p, c_int, c_void_p]),
+    "precis_choose": (c_int, [c_void_p, c_int, c_void_p, c_int]),
     "precis_log_probabilities": (c_int, [c_void_p, c_int, c_int, c_void_p, c_int, c_void_p, c_void_p, c_void_p, c_int]),
     "precis_copy_block": (None, [c_void_p, c_void_p, c_int64, c_int64, c_int64]),
     "precis_linear": (c_int, [POINTER(Matrix), c_void_p, c_int, c_void_p, c_int]),

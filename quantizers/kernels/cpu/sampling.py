@@ -38,9 +38,9 @@ class Choice(NamedTuple):
 def choose(rows: Sequence[Tensor], filters: Sequence[Filters], u: Sequence[float]) -> list[int]:
     """Of each row, fp32 [vocab] on the host and contiguous, the first token, by id, up to which the mass exceeds the share `u` (in [0, 1)).
 
-    No temperature is 0 here: who wants the largest logit has found it elsewhere. Masses are fp32, the same to the bit on every processor;
-    a logit of -inf has none, nor has one 87 temperatures below the largest. -1 where a logit is NaN or positive infinity, or all are
-    -inf. Raises MemoryError.
+    Every temperature is above 0: who wants the largest logit has found it elsewhere. Masses are fp32, the same to the bit on every
+    processor and whatever the other rows are; a logit of -inf has none, nor has one 87 temperatures below the largest. -1 where a logit is
+    NaN or positive infinity, or all are -inf. Raises MemoryError.
     """
     draws = (Draw * len(rows))()
     for draw, row, kept, share in zip(draws, rows, filters, u, strict=True):
@@ -48,7 +48,7 @@ def choose(rows: Sequence[Tensor], filters: Sequence[Filters], u: Sequence[float
         draw.logits, draw.vocab = row.data_ptr(), len(row)
         describe(draw, kept, share)
     tokens = np.empty(len(rows), np.int32)
-    library.call(library.library().precis_choose, ctypes.addressof(draws), len(rows), tokens.ctypes.data)
+    library.call(library.library().precis_choose, ctypes.addressof(draws), len(rows), tokens.ctypes.data, library.threads())
     found: list[int] = tokens.tolist()
     return found
 

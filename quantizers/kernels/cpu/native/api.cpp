@@ -71,8 +71,8 @@ PRECIS_API void precis_step_seconds(const void* step, double* out) {
 }
 
 // The tokens of `count` draws, see Kernels::choose.
-PRECIS_API int precis_choose(const precis::Draw* draws, int count, int32_t* tokens) {
-    return guarded([&] { precis::choose(draws, count, tokens); });
+PRECIS_API int precis_choose(const precis::Draw* draws, int count, int32_t* tokens, int threads) {
+    return guarded([&] { precis::choose(draws, count, tokens, threads); });
 }
 
 // Of `count` rows [vocab]: logarithms of the probability of a token each [count], and of the `top` likeliest with their ids [count][top].

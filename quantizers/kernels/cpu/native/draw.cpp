@@ -1,5 +1,6 @@
-// Tokens and probabilities of rows of logits outside of a step.
-#include <vector>
+// Tokens and probabilities of several rows of logits, by a team.
+#include <algorithm>
+#include <atomic>
 
 #include "api.h"
 #include "kernels.h"
@@ -8,7 +9,21 @@
 namespace precis {
 namespace {
 
-thread_local std::vector<DrawMemory> t_memory;  // one a thread of the team: made beforehand, since none of them may fail alone
+thread_local DrawMemories t_memories;
+
+struct Draws {
+    const Draw* draw;
+    int32_t* tokens;
+    int count;
+    DrawMemory* memory;
+    std::atomic<int> next{0};
+};
+
+void draw(void* context, Team&, int index) {
+    auto& d = *static_cast<Draws*>(context);
+    for (int i; (i = d.next.fetch_add(1, std::memory_order_relaxed)) < d.count;)
+        if (d.draw[i].temperature > 0) d.tokens[i] = kernels().choose(d.draw[i], d.memory[index]);
+}
 
 struct Rows {
     const float* logits;
@@ -30,21 +45,24 @@ void run(void* context, Team& team, int index) {
     }
 }
 
-DrawMemory* memory(int threads, int32_t vocab) {
-    if (t_memory.size() < static_cast<size_t>(threads)) t_memory = std::vector<DrawMemory>(static_cast<size_t>(threads));
-    for (int i = 0; i < threads; i++) t_memory[static_cast<size_t>(i)].reserve(vocab);
-    return t_memory.data();
-}
-
 }  // namespace
 
-void choose(const Draw* draws, int count, int32_t* tokens) {
-    for (int i = 0; i < count; i++) tokens[i] = kernels().choose(draws[i], *memory(1, draws[i].vocab));
+void choose(const Draw* draws, int count, int32_t* tokens, DrawMemories& memories, int threads) {
+    int32_t vocab = 0;
+    int drawn = 0;
+    for (int i = 0; i < count; i++)
+        if (draws[i].temperature > 0) vocab = std::max(vocab, draws[i].vocab), drawn++;
+    if (drawn == 0) return;
+    threads = std::min(threads, drawn);
+    Draws all{draws, tokens, count, memories.reserve(threads, vocab)};
+    run_on_threads(threads, draw, &all);
 }
+
+void choose(const Draw* draws, int count, int32_t* tokens, int threads) { choose(draws, count, tokens, t_memories, threads); }
 
 void log_probabilities(const float* logits, int count, int32_t vocab, const int32_t* tokens, int32_t top, float* logprob, int32_t* top_id,
                        float* top_logprob, int threads) {
-    Rows rows{logits, count, vocab, tokens, top, logprob, top_id, top_logprob, memory(threads, vocab)};
+    Rows rows{logits, count, vocab, tokens, top, logprob, top_id, top_logprob, t_memories.reserve(threads, vocab)};
     run_on_threads(threads, run, &rows);
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "memory.h"
 
@@ -36,22 +37,48 @@ struct Candidate {
 struct DrawMemory {
     static constexpr int kPart = 64;  // logits whose masses are summed in fp32; their sums are added in fp64
 
-    float *z = nullptr, *scratch = nullptr;  // [vocab], and up to 16 more
-    float* most = nullptr;                   // [parts]
-    double* sums = nullptr;                  // [parts]
-    Candidate *candidates = nullptr, *order = nullptr;  // [vocab]
-    int32_t count = 0;                       // of candidates
+    float *z = nullptr, *mass = nullptr, *scratch = nullptr;  // [vocab], and up to 16 more
+    float* most = nullptr;                                    // [parts]
+    double* sums = nullptr;                                   // [parts]
+    Candidate *candidates = nullptr, *order = nullptr;        // [vocab], the first `count` of these
+    int32_t count = 0;
 
     void reserve(int32_t vocab) {
         const size_t size = static_cast<size_t>(vocab) + 16, parts = size / kPart + 1;
-        z = z_.reserve(size), scratch = scratch_.reserve(size), most = most_.reserve(parts), sums = sums_.reserve(parts);
+        z = z_.reserve(size), mass = mass_.reserve(size), scratch = scratch_.reserve(size), most = most_.reserve(parts), sums = sums_.reserve(parts);
         candidates = candidates_.reserve(size), order = order_.reserve(size);
     }
 
+    size_t bytes() const {
+        return z_.bytes() + mass_.bytes() + scratch_.bytes() + most_.bytes() + sums_.bytes() + candidates_.bytes() + order_.bytes();
+    }
+
 private:
-    Buffer<float> z_, scratch_, most_;
+    Buffer<float> z_, mass_, scratch_, most_;
     Buffer<double> sums_;
     Buffer<Candidate> candidates_, order_;
 };
+
+// One a thread of a team: made beforehand, since none of them may fail alone. Throws std::bad_alloc.
+class DrawMemories {
+public:
+    DrawMemory* reserve(int threads, int32_t vocab) {
+        if (memory_.size() < static_cast<size_t>(threads)) memory_ = std::vector<DrawMemory>(static_cast<size_t>(threads));
+        for (int i = 0; i < threads; i++) memory_[static_cast<size_t>(i)].reserve(vocab);
+        return memory_.data();
+    }
+
+    size_t bytes() const {
+        size_t total = 0;
+        for (const DrawMemory& memory : memory_) total += memory.bytes();
+        return total;
+    }
+
+private:
+    std::vector<DrawMemory> memory_;
+};
+
+// The token of each draw, see Kernels::choose; one with a temperature of 0 keeps what `tokens` holds. Throws std::bad_alloc.
+void choose(const Draw* draws, int count, int32_t* tokens, DrawMemories& memories, int threads);
 
 }  // namespace precis

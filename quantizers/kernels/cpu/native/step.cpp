@@ -394,19 +394,21 @@ StepError Step::decode(const Batch& batch, Rounds& rounds, int threads) {
     const StepError wrong = check(m_, now);  // of the last round, before the first writes
     if (wrong != StepError::kNone) return wrong;
     position_.assign(batch.position, batch.position + batch.tokens);
-    draw_.reserve(static_cast<int32_t>(m_.vocab));
     for (bool goes_on = true; goes_on && rounds.done < rounds.most; rounds.done++) {
         const StepError error = forward(now, threads);
         if (error != StepError::kNone) return error;
-        const int64_t row = rounds.done * batch.sequences;
+        Draw* draw = rounds.draw + rounds.done * batch.sequences;
+        int32_t* token = rounds.token + rounds.done * batch.sequences;
         for (int64_t s = 0; s < batch.sequences; s++) {
-            Draw& draw = rounds.draw[row + s];
-            draw.logits = batch.logits + s * m_.vocab, draw.vocab = static_cast<int32_t>(m_.vocab);
-            const bool chooses = draw.temperature > 0 && batch.largest[s] >= 0;
-            const int32_t token = rounds.token[row + s] = chooses ? kernels().choose(draw, draw_) : batch.largest[s];
+            draw[s].logits = batch.logits + s * m_.vocab, draw[s].vocab = static_cast<int32_t>(m_.vocab);
+            token[s] = batch.largest[s];
+            if (token[s] < 0) draw[s].temperature = 0;  // not finite, and that is all there is to say of it
+        }
+        choose(draw, static_cast<int>(batch.sequences), token, draw_memories_, threads);
+        for (int64_t s = 0; s < batch.sequences; s++) {
             const int32_t *end = rounds.end + rounds.end_start[s], *last = rounds.end + rounds.end_start[s + 1];
-            goes_on &= token >= 0 && std::find(end, last, token) == last;
-            id_[static_cast<size_t>(s)] = token, position_[static_cast<size_t>(s)]++;
+            goes_on &= token[s] >= 0 && std::find(end, last, token[s]) == last;
+            id_[static_cast<size_t>(s)] = token[s], position_[static_cast<size_t>(s)]++;
         }
         goes_on &= __atomic_load_n(rounds.interrupted, __ATOMIC_RELAXED) == 0;
     }

@@ -126,7 +126,7 @@ private:
     std::vector<Local> local_;
     Shares shares_[6];  // by Run::Units
     std::vector<int32_t> id_, position_;  // of a round
-    DrawMemory draw_;
+    DrawMemories draw_memories_;
     Buffer<float> x_, qkv_, attended_, h_, max_, sum_, partial_;
 };
 
