@@ -16,6 +16,7 @@ from torch import Tensor
 
 from quantizers.kernels.cpu.sampling import Choice
 
+AHEAD_SECONDS = 0.016  # that steps go on by themselves before anybody sees their tokens: a screen shows a new picture as often
 Int32 = NDArray[np.int32]
 
 
@@ -138,7 +139,7 @@ class Decoder(Protocol):
         """int32 [done, S]: the tokens that `rounds` steps chose, at least one, each step on those of the one before.
 
         `batch` has one token of every sequence, in their order, and its block tables name the blocks of all that is written. It stops
-        early after a step in which a token ends its sequence, or is -1, because its logits are not finite or leave none; and after one
-        during which another thread set `interrupted`.
+        early after a step in which a token ends its sequence, or is -1, because its logits are not finite or leave none; where another
+        would not end within AHEAD_SECONDS; and after one during which another thread set `interrupted`.
         """
         ...

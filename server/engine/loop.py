@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from quantizers.errors import EngineUnavailable, Overloaded, PrecisError
+from server.engine import executor
 from server.engine.arrivals import Arrivals
 from server.engine.executor import Decoder
 from server.engine.generation import Generation
@@ -37,7 +38,6 @@ from server.engine.twins import Twins
 
 logger = logging.getLogger(__name__)
 
-_AHEAD_SECONDS = 0.016  # that steps go on by themselves before anybody sees their tokens: a screen shows a new picture as often
 _DEADLINE_SECONDS = 0.5  # between two looks at the deadlines of those who wait for a load
 
 
@@ -107,8 +107,9 @@ class Loop:
                 self._outbox.tell(call, event)
             for job in [job for job in self._pinned() if job.call == call]:
                 job.cancelled = True
-                self._interrupted.value = 1
-                if call not in self._computing:
+                if call in self._computing:
+                    self._interrupted.value = 1
+                else:
                     self._end(job, self._cancellation(job))
 
     def load(self, call: int, spec: VariantSpec) -> None:
@@ -329,7 +330,8 @@ class Loop:
                 self._end(job, error)
 
     def _step(self, key: VariantKey) -> bool:
-        """One step of `key`; returns whether any request ended with it."""
+        """One step of `key`, or several in a row; returns whether any request ended with it."""
+        entered = time.perf_counter()
         with self._lock:
             jobs = self._jobs.get(key)
             if not jobs:
@@ -337,12 +339,10 @@ class Loop:
             runner = self._runner(next(iter(jobs.values())))
             scheduler = runner.scheduler
             assert scheduler is not None, "pinned requests have a cache"
-            everyone = [self._generation(job) for job in jobs.values()]
-            generations = everyone if self._speculates else []
+            generations = [self._generation(job) for job in jobs.values()] if self._speculates else []
             twin = self._twins.of(key, self._jobs) if generations else None
             for generation in generations:
                 generation.draft(len(scheduler.running), runner.cost)
-            ahead = 0 if twin is not None else _steps_ahead(runner, everyone)
         began = time.perf_counter()
         drafts = {} if twin is None else self._draft(twin, generations, runner)
         drafting = time.perf_counter() - began
@@ -351,7 +351,7 @@ class Loop:
                 if drafts.get(generation.sequence.call):
                     generation.sequence.draft = drafts[generation.sequence.call]
             before = scheduler.preemptions
-            step = scheduler.schedule(ahead)
+            step = scheduler.schedule(_steps_ahead(runner, [self._generation(job) for job in jobs.values()]))
             if step is None:
                 return False  # cancelled while the twin drafted
             self._interrupted.value = 0
@@ -370,13 +370,14 @@ class Loop:
                 self._fail(job.call, translate(error, f"request {job.request.id} on {key}"))
             raise
         seconds = time.perf_counter() - began
-        if not step.reads:
-            gone = max((len(outcome) for outcome in outcomes if not isinstance(outcome, PrecisError)), default=1) if step.ahead else 1
-            runner.cost.measured(step.rows, seconds / gone)
         with self._lock:
             self._turns.charge(key, drafting + seconds)
             self._computing = set()
-            return self._commit(scheduler, step, stepping, outcomes, twin, drafts)
+            ended = self._commit(scheduler, step, stepping, outcomes, twin, drafts)
+        if not step.reads:
+            gone = max((len(outcome) for outcome in outcomes if not isinstance(outcome, PrecisError)), default=1) if step.ahead else 1
+            runner.cost.measured(step.rows, (time.perf_counter() - entered - drafting) / gone)  # with what lies between steps
+        return ended
 
     def _commit(
         self,
@@ -403,8 +404,9 @@ class Loop:
                     self._verify(job, work, len(outcome) - 1, twin if work.sequence.call in drafts else None)
                 if not work.samples:
                     continue
-                if not self._tell(job, self._generation(job).take(outcome)):
-                    scheduler.confirm(work, max(0, len(outcome) - 1))
+                events = list(self._generation(job).take(outcome))
+                scheduler.confirm(work, max(0, len(outcome) - 1))  # also of a text that has ended: others may begin like it
+                if not self._tell(job, iter(events)):
                     continue
             ended += 1
         return ended > 0
@@ -479,4 +481,4 @@ def _steps_ahead(runner: Runner, generations: list[Generation]) -> int:
     seconds = runner.cost.seconds(len(running)) if running else None
     if seconds is None or not isinstance(runner.executor, Decoder) or not all(generation.sampler.plain for generation in running):
         return 0
-    return max(0, min(int(_AHEAD_SECONDS / max(seconds, 1e-3)) - 1, *(generation.room for generation in running)))
+    return max(0, min(int(executor.AHEAD_SECONDS / max(seconds, 1e-3)) - 1, *(generation.room for generation in running)))

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from quantizers.kernels.cpu.sampling import Choice
 from quantizers.kernels.cpu.step import BLOCK_SIZE, NativeStep
+from server.engine import executor
 from server.engine.executor import Int32, RaggedBatch
 
 
@@ -53,4 +54,4 @@ class NativeExecutor:
 
     def decode(self, batch: RaggedBatch, choices: Sequence[Choice], rounds: int, interrupted: ctypes.c_int32) -> Int32:
         assert self._step is not None, "a step needs a cache"
-        return self._step.decode(batch.token_ids, batch.positions, batch.block_tables, choices, rounds, interrupted)
+        return self._step.decode(batch.token_ids, batch.positions, batch.block_tables, choices, rounds, executor.AHEAD_SECONDS, interrupted)

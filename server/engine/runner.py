@@ -40,7 +40,7 @@ def choose_executor(model: PreTrainedModel, config: PretrainedConfig, kv_dtype: 
 
 
 def workspace_bytes(config: PretrainedConfig, dtype: torch.dtype, tokens: int, logit_rows: int) -> int:
-    """Estimate of a step's passing tensors: the widest moment of one block (its MLP), and the logits with two copies by the sampler."""
+    """Estimate of a step's passing tensors: the widest moment of one block (its MLP), and the logits with what the sampler takes."""
     text: Any = config.get_text_config(decoder=True)
     intermediate = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
     return int(tokens * (4 * text.hidden_size + 3 * intermediate) * dtype.itemsize + 3 * logit_rows * text.vocab_size * 4)

@@ -1,10 +1,11 @@
 """From logits to the next tokens of a batch: penalties, filters, seeded choice, log-probabilities.
 
-The functions work along the last dimension and take any leading ones. Their order follows transformers' generation: repetition
+Filters work along the last dimension and take any leading ones. The order follows transformers' generation: repetition
 penalty, presence and frequency penalties, logit bias, the ban of end tokens, temperature, top-k, top-p, min-p. The random number
 of a token depends on (seed, its index in the output) alone, so that a seed gives the same text whatever else runs beside it.
 
-Nothing waits for the device before a batch's tokens are known (`decide`); they come to the host in one copy.
+On the host the native kernels choose, or torch where there are none. On a device nothing is waited for before a batch's tokens are known
+(`decide`); they come to the host in one copy.
 """
 
 import math
@@ -135,25 +136,22 @@ def choose(logits: Tensor, u: Sequence[float]) -> Tensor:
 def token_logprobs(logits: Tensor, token_ids: Sequence[int], top: int) -> list[TokenLogprob]:
     """Natural-log probabilities of `token_ids` [rows] under `logits` [rows, vocab] fp32, with the `top` likeliest of each row."""
     if logits.device.type == "cpu" and library.missing() is None:
-        own, best, theirs = log_probabilities(logits.contiguous(), token_ids, top)
-        return [
-            TokenLogprob(token_id=token, logprob=logprob, top=tuple(zip(top_ids, top_values, strict=True)))
-            for token, logprob, top_ids, top_values in zip(token_ids, own, best.tolist(), theirs.tolist(), strict=True)
-        ]
-    return _torch_logprobs(logits, token_ids, top)
+        chosen, best, values = log_probabilities(logits.contiguous(), token_ids, top)
+        found = chosen, best.tolist(), values.tolist()
+    else:
+        found = _torch_logprobs(logits, token_ids, top)
+    return [
+        TokenLogprob(token_id=token, logprob=logprob, top=tuple(zip(top_ids, top_values, strict=True)))
+        for token, logprob, top_ids, top_values in zip(token_ids, *found, strict=True)
+    ]
 
 
 @one_thread()
-def _torch_logprobs(logits: Tensor, token_ids: Sequence[int], top: int) -> list[TokenLogprob]:
+def _torch_logprobs(logits: Tensor, token_ids: Sequence[int], top: int) -> tuple[list[float], list[list[int]], list[list[float]]]:
     logprobs = logits.log_softmax(-1)
     rows = torch.arange(logits.shape[0], device=logits.device)
-    chosen = logprobs[rows, torch.tensor(token_ids, device=logits.device)].tolist()
     values, ids = logprobs.topk(min(top, logits.shape[-1]))
-    tops = zip(ids.tolist(), values.tolist(), strict=True)
-    return [
-        TokenLogprob(token_id=token, logprob=logprob, top=tuple(zip(top_ids, top_values, strict=True)))
-        for token, logprob, (top_ids, top_values) in zip(token_ids, chosen, tops, strict=True)
-    ]
+    return logprobs[rows, torch.tensor(token_ids, device=logits.device)].tolist(), ids.tolist(), values.tolist()
 
 
 class Sampler:
@@ -346,7 +344,6 @@ def _largest(row: Tensor) -> tuple[int, bool]:
     return token, not (np.isfinite(values[token]) and np.isfinite(values.min()))
 
 
-@one_thread()
 def decide(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
     """int64 [3, rows] on the device: the next token after each row of `logits` [rows, vocab] fp32, which means nothing where the second
     is 1, as the options leave no token, or the third, as the row is not finite.
@@ -364,7 +361,6 @@ def decide(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
     return torch.stack([tokens, (~peaks.isfinite()).long(), (~(low.isfinite() & high.isfinite())).long()])
 
 
-@one_thread()
 def guess(logits: Tensor, samplers: Sequence[Sampler], ahead: int) -> list[int]:
     """What each would choose after its row of `logits` [rows, vocab] as the token `ahead` behind its next one.
 
@@ -376,7 +372,7 @@ def guess(logits: Tensor, samplers: Sequence[Sampler], ahead: int) -> list[int]:
         guessed = [_largest(row)[0] for row in logits]
         chosen = _draw_on_host([logits[row] for row in drawn], [samplers[row] for row in drawn], ahead)
         for row, token in zip(drawn, chosen, strict=True):
-            guessed[row] = max(0, token)
+            guessed[row] = min(max(0, token), logits.shape[-1] - 1)
         return guessed
     peaks, tokens = logits.max(-1)
     if drawn:

@@ -322,7 +322,8 @@ class Scheduler:
         """Blocks that a sequence is expected to ask for from now on."""
         expected = max(1.0, self._guess - sequence.generated)
         length = len(sequence.tokens)
-        return self._blocks(length + math.ceil(min(expected, sequence.max_tokens - sequence.generated))) - self._blocks(length)
+        held = self._blocks(length) if sequence.table is None else len(sequence.table.blocks)
+        return max(0, self._blocks(length + math.ceil(min(expected, sequence.max_tokens - sequence.generated))) - held)
 
     def _blocks(self, tokens: int) -> int:
         return -(-tokens // self._size)

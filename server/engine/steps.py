@@ -1,4 +1,4 @@
-"""From a planned step to the next token of each sequence: one forward pass, one batched choice, failures kept to their rows."""
+"""From a planned step to the next tokens of each sequence: forward passes, batched choices, failures kept to their rows."""
 
 import ctypes
 import itertools

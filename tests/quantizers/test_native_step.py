@@ -2,6 +2,7 @@
 
 import copy
 import ctypes
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -451,7 +452,7 @@ def test_rounds_are_as_many_steps(name: str, threads: int) -> None:
             if start:
                 cache.feed(text(model, start, seed=sequence), sequence=sequence)
     ids, positions, choices = ints(9, 8, 7, 6), ints(*starts), choices_of(rounds)
-    found = going.step.decode(ids, positions, going.tables, choices, rounds, ctypes.c_int32())
+    found = going.step.decode(ids, positions, going.tables, choices, rounds, math.inf, ctypes.c_int32())
     rows = ints(0, 1, 2, 3)
     for index in range(rounds):
         logits = single.step.forward(ids, positions + index, ints(0, 1, 2, 3, 4), single.tables, rows)
@@ -462,22 +463,23 @@ def test_rounds_are_as_many_steps(name: str, threads: int) -> None:
     assert torch.equal(*after)
 
 
-def test_rounds_stop_at_an_end_at_a_wish_and_at_what_is_no_number() -> None:
+def test_rounds_stop_at_an_end_at_a_wish_in_time_and_at_what_is_no_number() -> None:
     model = small("llama")
     cache = Cache(model, sequences=2)
     arguments = (ints(3, 4), ints(0, 0), cache.tables)
-    tokens = cache.step.decode(*arguments, [GREEDY] * 2, 12, ctypes.c_int32())
+    tokens = cache.step.decode(*arguments, [GREEDY] * 2, 12, math.inf, ctypes.c_int32())
     assert tokens.shape == (12, 2)
     first = {int(token): index for index, token in reversed(list(enumerate(tokens[:, 1].tolist())))}
     token, at = max(first.items(), key=lambda item: item[1])
     assert at > 0, "a text that changes"
     never = next(one for one in range(307) if one not in tokens)
     ends = [GREEDY._replace(ends=(never,)), GREEDY._replace(ends=(never, token))]
-    assert cache.step.decode(*arguments, ends, 12, ctypes.c_int32()).tolist() == tokens[: at + 1].tolist()
-    assert cache.step.decode(*arguments, [GREEDY] * 2, 12, ctypes.c_int32(1)).tolist() == tokens[:1].tolist()
+    assert cache.step.decode(*arguments, ends, 12, math.inf, ctypes.c_int32()).tolist() == tokens[: at + 1].tolist()
+    assert cache.step.decode(*arguments, [GREEDY] * 2, 12, math.inf, ctypes.c_int32(1)).tolist() == tokens[:1].tolist()
+    assert cache.step.decode(*arguments, [GREEDY] * 2, 12, 0.0, ctypes.c_int32()).tolist() == tokens[:1].tolist()
     with torch.no_grad():
         model.model.embed_tokens.weight[int(tokens[2, 0])] = float("nan")
-    found = Cache(model, sequences=2).step.decode(*arguments, [GREEDY] * 2, 12, ctypes.c_int32())
+    found = Cache(model, sequences=2).step.decode(*arguments, [GREEDY] * 2, 12, math.inf, ctypes.c_int32())
     assert found[-1, 0] == -1 and found[:-1].tolist() == tokens[: len(found) - 1].tolist()
 
 
@@ -488,7 +490,11 @@ def test_rounds_beyond_the_blocks_are_refused_and_write_nothing() -> None:
     tables = np.array([[0, 1], [2, 4]], np.int32)
     for positions, message in ((ints(0, 20), "block table"), (ints(0, 5), "cache of 4 blocks"), (ints(-1, 0), "position")):
         with pytest.raises(InvalidInput, match=message):
-            step.decode(ints(1, 2), positions, tables, [GREEDY] * 2, 13, ctypes.c_int32())
+            step.decode(ints(1, 2), positions, tables, [GREEDY] * 2, 13, math.inf, ctypes.c_int32())
+    drawn = Choice(Filters(1.0), (0.5, 0.5), ())
+    for choices, rounds in (([GREEDY], 3), ([GREEDY] * 2, 0), ([GREEDY, drawn], 3)):
+        with pytest.raises(InvalidInput, match="rounds with"):
+            step.decode(ints(1, 2), ints(0, 0), tables, choices, rounds, math.inf, ctypes.c_int32())
     assert (step._cache == 0x55).all()
 
 

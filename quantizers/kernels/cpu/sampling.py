@@ -1,4 +1,4 @@
-"""The next tokens of rows of logits by temperature, top-k, top-p, min-p and a random number, as native/choose.inc computes them."""
+"""Of rows of logits: the next tokens by temperature, top-k, top-p, min-p and a random number, and probabilities (native/choose.inc)."""
 
 import ctypes
 from collections.abc import Sequence

@@ -143,6 +143,7 @@ class NativeStep:
         block_tables: Int32,
         choices: Sequence[Choice],
         rounds: int,
+        seconds: float,
         interrupted: ctypes.c_int32,
     ) -> Int32:
         """Up to `rounds` steps in a row over S sequences, each on the tokens that the one before chose; returns these, int32 [done, S].
@@ -150,13 +151,17 @@ class NativeStep:
         token_ids, positions: int32 [S], one token of each sequence. block_tables: as of `forward`, with the blocks of all positions that
         are written, `rounds` of each sequence. The bits are those of as many calls of `forward`.
 
-        A round is the last where a token in it ends its sequence, or is -1, as its logits are not finite or leave none; or where
-        `interrupted`, which another thread may set, is not 0 after it. Raises as `forward`, before anything is written.
+        A round is the last where a token in it ends its sequence, or is -1, as its logits are not finite or leave none; where another
+        would not end within `seconds` of the beginning, as far as those done tell; or where `interrupted`, which another thread may set,
+        is not 0 after it. Raises InvalidInput as `forward`, before anything is written.
         """
         count = len(token_ids)
-        batch, _ = self._batch(
-            token_ids, positions, np.arange(count + 1, dtype=np.int32), block_tables, np.arange(count, dtype=np.int32), rounds
-        )
+        if rounds < 1 or len(choices) != count or any(len(choice.u) not in (0, rounds) for choice in choices):
+            raise InvalidInput(
+                f"{rounds} rounds with {len(choices)} choices for {count} tokens: one or more, a choice each with a number a round"
+            )
+        each = np.arange(count + 1, dtype=np.int32)
+        batch, _ = self._batch(token_ids, positions, each, block_tables, each[:-1], rounds)
         draws = (Draw * (rounds * count))()
         for row, choice in enumerate(choices):
             for index, u in enumerate(choice.u):
@@ -169,6 +174,7 @@ class NativeStep:
             draw=ctypes.addressof(draws),
             end=ends.ctypes.data,
             end_start=end_start.ctypes.data,
+            seconds=seconds,
             interrupted=ctypes.addressof(interrupted),
             token=tokens.ctypes.data,
         )

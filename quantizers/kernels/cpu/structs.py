@@ -56,6 +56,8 @@ class Draw(Structure):
 class Rounds(Structure):
     _fields_ = (
         ("most", c_int64),
-        *((name, c_void_p) for name in ("draw", "end", "end_start", "interrupted", "token")),
+        *((name, c_void_p) for name in ("draw", "end", "end_start")),
+        ("seconds", c_double),
+        *((name, c_void_p) for name in ("interrupted", "token")),
         ("done", c_int64),
     )

@@ -146,8 +146,8 @@ class Driver:
             else:
                 self.scheduler.advance(work)
                 samples = work.samples  # of the sequence as the step found it
-                told += generations[work.sequence.call].take(outcome) if samples else []
-                if samples and not isinstance(told[-1], Finished):
+                if samples:
+                    told += generations[work.sequence.call].take(outcome)
                     self.scheduler.confirm(work, max(0, len(outcome) - 1))
                 self.right += max(0, len(outcome) - 1)
             if told and isinstance(told[-1], Finished | PrecisError):

@@ -560,7 +560,7 @@ def test_steps_in_a_row_change_no_event(specs: dict[str, VariantSpec], speculate
     """Greedy and drawn requests, ends by number and by a stop token, and one whose penalties keep all beside it to single steps."""
     told = []
     for seconds in (0.0, 0.016):
-        monkeypatch.setattr("server.engine.loop._AHEAD_SECONDS", seconds)
+        monkeypatch.setattr("server.engine.executor.AHEAD_SECONDS", seconds)
         bench = NativeBench(speculates=speculates)
         with running(bench):
             bench.load(90, specs["bf16"])
@@ -578,7 +578,7 @@ def test_steps_in_a_row_change_no_event(specs: dict[str, VariantSpec], speculate
 
 
 def test_who_comes_or_leaves_interrupts_steps_in_a_row(specs: dict[str, VariantSpec], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.engine.loop._AHEAD_SECONDS", 3600.0)
+    monkeypatch.setattr("server.engine.executor.AHEAD_SECONDS", 3600.0)
     with running(bench := NativeBench()):
         bench.load(90, specs["fp32"])
         bench.count(specs["fp32"])
@@ -594,3 +594,20 @@ def test_who_comes_or_leaves_interrupts_steps_in_a_row(specs: dict[str, VariantS
             assert isinstance(last, Finished) and last.reason == "cancelled" and 0 < last.completion_tokens < 60_000
             assert len([event for event in bench.events(call) if isinstance(event, Token)]) == last.completion_tokens
     assert any(rounds > 1000 for rounds, _ in bench.runs) and all(done < 59_000 for _, done in bench.runs)
+
+
+def test_what_a_row_computed_is_found_by_the_next_turn(specs: dict[str, VariantSpec], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole answer is one row of steps, with whose last token the request ends."""
+    monkeypatch.setattr("server.engine.executor.AHEAD_SECONDS", 3600.0)
+    with running(bench := NativeBench()):
+        bench.load(90, specs["fp32"])
+        bench.count(specs["fp32"])
+        bench.submit(1, specs["fp32"], max_tokens=2)  # a step has been measured after it
+        bench.last(1)
+        bench.submit(2, specs["fp32"], prompt=(4, 5, 6), max_tokens=40)
+        bench.last(2)
+        assert bench.runs[-1] == (39, 39)
+        answer = tuple(event.token_id for event in bench.events(2) if isinstance(event, Token))
+        bench.submit(3, specs["fp32"], prompt=(4, 5, 6, *answer, 7), max_tokens=1)
+        last = bench.last(3)
+        assert isinstance(last, Finished) and last.cached_tokens == 32

@@ -70,12 +70,10 @@ PRECIS_API void precis_step_seconds(const void* step, double* out) {
     for (size_t i = 0; i < std::size(seconds); i++) out[i] = seconds[i];
 }
 
-// The tokens of `count` draws, see Kernels::choose.
 PRECIS_API int precis_choose(const precis::Draw* draws, int count, int32_t* tokens, int threads) {
     return guarded([&] { precis::choose(draws, count, tokens, threads); });
 }
 
-// Of `count` rows [vocab]: logarithms of the probability of a token each [count], and of the `top` likeliest with their ids [count][top].
 PRECIS_API int precis_log_probabilities(const float* logits, int count, int32_t vocab, const int32_t* tokens, int32_t top, float* logprob,
                                         int32_t* top_id, float* top_logprob, int threads) {
     return guarded([&] { precis::log_probabilities(logits, count, vocab, tokens, top, logprob, top_id, top_logprob, threads); });

@@ -25,9 +25,6 @@ void read_row(const Matrix& m, int64_t row, float* x);
 // y [tokens][rows] = x [tokens][columns] times the matrix's transpose, plus its bias.
 void linear(const Matrix& m, const float* x, int tokens, float* y, int threads);
 
-// As of draw.h, with memory of the calling thread's own.
-void choose(const Draw* draws, int count, int32_t* tokens, int threads);
-
 // Of `count` rows [vocab]: logarithms of the probability of a token each [count], and of the `top` likeliest with their ids [count][top].
 void log_probabilities(const float* logits, int count, int32_t vocab, const int32_t* tokens, int32_t top, float* logprob, int32_t* top_id,
                        float* top_logprob, int threads);

@@ -1,6 +1,7 @@
 // Tokens and probabilities of several rows of logits, by a team.
 #include <algorithm>
 #include <atomic>
+#include <vector>
 
 #include "api.h"
 #include "kernels.h"
@@ -9,7 +10,13 @@
 namespace precis {
 namespace {
 
-thread_local DrawMemories t_memories;
+// One a thread of the team: made beforehand, since none of them may fail alone.
+DrawMemory* memories(int threads, int32_t vocab) {
+    thread_local std::vector<DrawMemory> all;
+    if (all.size() < static_cast<size_t>(threads)) all = std::vector<DrawMemory>(static_cast<size_t>(threads));
+    for (int i = 0; i < threads; i++) all[static_cast<size_t>(i)].reserve(vocab);
+    return all.data();
+}
 
 struct Draws {
     const Draw* draw;
@@ -47,22 +54,20 @@ void run(void* context, Team& team, int index) {
 
 }  // namespace
 
-void choose(const Draw* draws, int count, int32_t* tokens, DrawMemories& memories, int threads) {
+void choose(const Draw* draws, int count, int32_t* tokens, int threads) {
     int32_t vocab = 0;
     int drawn = 0;
     for (int i = 0; i < count; i++)
         if (draws[i].temperature > 0) vocab = std::max(vocab, draws[i].vocab), drawn++;
     if (drawn == 0) return;
     threads = std::min(threads, drawn);
-    Draws all{draws, tokens, count, memories.reserve(threads, vocab)};
+    Draws all{draws, tokens, count, memories(threads, vocab)};
     run_on_threads(threads, draw, &all);
 }
 
-void choose(const Draw* draws, int count, int32_t* tokens, int threads) { choose(draws, count, tokens, t_memories, threads); }
-
 void log_probabilities(const float* logits, int count, int32_t vocab, const int32_t* tokens, int32_t top, float* logprob, int32_t* top_id,
                        float* top_logprob, int threads) {
-    Rows rows{logits, count, vocab, tokens, top, logprob, top_id, top_logprob, t_memories.reserve(threads, vocab)};
+    Rows rows{logits, count, vocab, tokens, top, logprob, top_id, top_logprob, memories(threads, vocab)};
     run_on_threads(threads, run, &rows);
 }
 

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
 #include "memory.h"
 
@@ -49,36 +48,14 @@ struct DrawMemory {
         candidates = candidates_.reserve(size), order = order_.reserve(size);
     }
 
-    size_t bytes() const {
-        return z_.bytes() + mass_.bytes() + scratch_.bytes() + most_.bytes() + sums_.bytes() + candidates_.bytes() + order_.bytes();
-    }
-
 private:
     Buffer<float> z_, mass_, scratch_, most_;
     Buffer<double> sums_;
     Buffer<Candidate> candidates_, order_;
 };
 
-// One a thread of a team: made beforehand, since none of them may fail alone. Throws std::bad_alloc.
-class DrawMemories {
-public:
-    DrawMemory* reserve(int threads, int32_t vocab) {
-        if (memory_.size() < static_cast<size_t>(threads)) memory_ = std::vector<DrawMemory>(static_cast<size_t>(threads));
-        for (int i = 0; i < threads; i++) memory_[static_cast<size_t>(i)].reserve(vocab);
-        return memory_.data();
-    }
-
-    size_t bytes() const {
-        size_t total = 0;
-        for (const DrawMemory& memory : memory_) total += memory.bytes();
-        return total;
-    }
-
-private:
-    std::vector<DrawMemory> memory_;
-};
-
-// The token of each draw, see Kernels::choose; one with a temperature of 0 keeps what `tokens` holds. Throws std::bad_alloc.
-void choose(const Draw* draws, int count, int32_t* tokens, DrawMemories& memories, int threads);
+// The token of each draw, see Kernels::choose, with memory of the calling thread's own; one with a temperature of 0 keeps what `tokens` holds.
+// Throws std::bad_alloc.
+void choose(const Draw* draws, int count, int32_t* tokens, int threads);
 
 }  // namespace precis

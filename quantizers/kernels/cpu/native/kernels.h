@@ -81,7 +81,7 @@ struct Kernels {
     void (*combine)(const float* max, const float* sum, const float* out, int chunks, int head_dim, float* weight, float* result);
     // The numbers `first` to first + n - 1, which are x [n], among those that `seen` knows.
     void (*largest)(const float* x, int n, int32_t first, Largest& seen);
-    // The next token, see choose.inc; -1 where a logit is not a number or none is left. `memory` has room for its vocabulary.
+    // The next token, see choose.inc; -1 where a logit is NaN or positive infinity, or all are negative infinity. `memory` has room for its vocabulary.
     int32_t (*choose)(const Draw& draw, DrawMemory& memory);
     void (*log_probabilities)(const float* logits, int32_t vocab, const Score& score, DrawMemory& memory);
 };

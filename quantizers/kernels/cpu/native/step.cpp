@@ -387,15 +387,16 @@ StepError Step::forward(const Batch& batch, int threads) {
 
 StepError Step::decode(const Batch& batch, Rounds& rounds, int threads) {
     rounds.done = 0;
-    Batch now = batch;
+    Batch round = batch;
     id_.assign(batch.id, batch.id + batch.tokens), position_.assign(batch.position, batch.position + batch.tokens);
-    now.id = id_.data(), now.position = position_.data();
+    round.id = id_.data(), round.position = position_.data();
     for (int32_t& position : position_) position += static_cast<int32_t>(rounds.most - 1);
-    const StepError wrong = check(m_, now);  // of the last round, before the first writes
+    const StepError wrong = check(m_, round);  // of the last round, before the first writes
     if (wrong != StepError::kNone) return wrong;
     position_.assign(batch.position, batch.position + batch.tokens);
+    const double began = now();
     for (bool goes_on = true; goes_on && rounds.done < rounds.most; rounds.done++) {
-        const StepError error = forward(now, threads);
+        const StepError error = forward(round, threads);
         if (error != StepError::kNone) return error;
         Draw* draw = rounds.draw + rounds.done * batch.sequences;
         int32_t* token = rounds.token + rounds.done * batch.sequences;
@@ -404,12 +405,14 @@ StepError Step::decode(const Batch& batch, Rounds& rounds, int threads) {
             token[s] = batch.largest[s];
             if (token[s] < 0) draw[s].temperature = 0;  // not finite, and that is all there is to say of it
         }
-        choose(draw, static_cast<int>(batch.sequences), token, draw_memories_, threads);
+        choose(draw, static_cast<int>(batch.sequences), token, threads);
         for (int64_t s = 0; s < batch.sequences; s++) {
             const int32_t *end = rounds.end + rounds.end_start[s], *last = rounds.end + rounds.end_start[s + 1];
             goes_on &= token[s] >= 0 && std::find(end, last, token[s]) == last;
             id_[static_cast<size_t>(s)] = token[s], position_[static_cast<size_t>(s)]++;
         }
+        const double each = (now() - began) / static_cast<double>(rounds.done + 1);
+        goes_on &= each * static_cast<double>(rounds.done + 2) <= rounds.seconds;
         goes_on &= __atomic_load_n(rounds.interrupted, __ATOMIC_RELAXED) == 0;
     }
     return StepError::kNone;

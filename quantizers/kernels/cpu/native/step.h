@@ -1,6 +1,6 @@
 // One engine step of a Llama-like decoder: a ragged batch of tokens over the paged cache, from token ids to logits.
 //
-// Model and Batch are mirrored by `step.py`, which fills them from the model's own tensors and checks what the model is.
+// Model, Batch and Rounds are mirrored by `structs.py`; `step.py` fills them from the model's own tensors and checks what the model is.
 #pragma once
 
 #include <vector>
@@ -53,9 +53,10 @@ struct Rounds {
     Draw* draw;                  // [most][sequences], without logits; a temperature of 0 takes the largest logit
     const int32_t* end;          // tokens after which a sequence goes no further,
     const int32_t* end_start;    // [sequences + 1]: where each sequence's begin
+    double seconds;              // that they may take, as far as the rounds done say how long one takes
     const int32_t* interrupted;  // another thread may set it at any time
     int32_t* token;              // [most][sequences]: what was chosen; -1 as of Kernels::choose, or where a logit is not finite
-    int64_t done;                // rounds, each whole: all, or up to the first with an end, with -1 or after which `interrupted` was set
+    int64_t done;  // rounds, each whole: up to the first with an end, with -1, after which there was no time or `interrupted` was set, or all
 };
 
 enum class Phase { kNorm, kQkv, kCache, kAttention, kOut, kMlp, kDown, kHead, kWait, kCount };
@@ -93,7 +94,8 @@ public:
 
     // Throws std::bad_alloc.
     StepError forward(const Batch& batch, int threads);
-    // `batch` has one token of every sequence, at positions whose blocks for `most` more are there, and wants the logits of all. Throws std::bad_alloc.
+    // `batch` has one token of every sequence, whose table names the blocks of `most` positions from there on, and wants the logits of all.
+    // Throws std::bad_alloc, perhaps after some rounds.
     StepError decode(const Batch& batch, Rounds& rounds, int threads);
     size_t workspace_bytes() const;
     double seconds[static_cast<int>(Phase::kCount)] = {};  // spent by the calling thread since the step was made
@@ -126,7 +128,6 @@ private:
     std::vector<Local> local_;
     Shares shares_[6];  // by Run::Units
     std::vector<int32_t> id_, position_;  // of a round
-    DrawMemories draw_memories_;
     Buffer<float> x_, qkv_, attended_, h_, max_, sum_, partial_;
 };
 

@@ -46,7 +46,7 @@ size_t Step::Local::bytes() const {
 }
 
 size_t Step::workspace_bytes() const {
-    size_t total = x_.bytes() + qkv_.bytes() + attended_.bytes() + h_.bytes() + max_.bytes() + sum_.bytes() + partial_.bytes() + draw_memories_.bytes();
+    size_t total = x_.bytes() + qkv_.bytes() + attended_.bytes() + h_.bytes() + max_.bytes() + sum_.bytes() + partial_.bytes();
     for (const Local& mine : local_) total += mine.bytes();
     return total;
 }
