@@ -342,9 +342,15 @@ def test_drafts_change_no_greedy_token(runner: Runner, prompts: list[tuple[int, 
 @pytest.mark.parametrize("ahead", [1, 4, 30])
 @pytest.mark.parametrize("blocks", [500, 30])
 def test_steps_ahead_change_no_greedy_token(
-    ahead: int, blocks: int, runner: Runner, prompts: list[tuple[int, ...]], expected: list[list[int]]
+    ahead: int,
+    blocks: int,
+    runner: Runner,
+    prompts: list[tuple[int, ...]],
+    expected: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Texts that end by themselves among them, and a cache in which sequences push each other out."""
+    monkeypatch.setattr("server.engine.executor.AHEAD_SECONDS", 3600.0)
     chosen = [index for index, ids in enumerate(prompts) if len(ids) + COUNT <= blocks * 16]
     driver = Driver(runner, blocks=blocks)
     driver.ahead = ahead
@@ -354,7 +360,8 @@ def test_steps_ahead_change_no_greedy_token(
     assert (driver.right > len(chosen)) == isinstance(runner.executor, Decoder)
 
 
-def test_steps_ahead_change_no_drawn_token(runner: Runner, prompts: list[tuple[int, ...]]) -> None:
+def test_steps_ahead_change_no_drawn_token(runner: Runner, prompts: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.engine.executor.AHEAD_SECONDS", 3600.0)
     kinds: list[dict[str, object]] = [{"top_p": 0.9}, {"top_k": 40, "temperature": 0.7}, {}, {"min_p": 0.05}, {"temperature": 0}]
     requests = [request_of(ids, seed=index, **{"temperature": 1.0, **kinds[index % 5]}) for index, ids in enumerate(prompts[:10])]
     driver = Driver(runner)
