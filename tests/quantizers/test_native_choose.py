@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -44,7 +44,10 @@ def check(logits: torch.Tensor, filters: Filters, u: float) -> None:
     for shift in (-2e-6, 0.0, 2e-6):
         top_p = min(1.0, max(1e-9, filters.top_p + shift)) if filters.top_p < 1 else 1.0
         for min_p in (filters.min_p, filters.min_p * (1 + shift)):
-            cumulative = masses(logits, filters._replace(top_p=top_p, min_p=min_p)).cumsum()
+            mass = masses(logits, filters._replace(top_p=top_p, min_p=min_p))
+            cumulative = mass.cumsum()
+            if u + 2e-6 >= 1 and mass.any():
+                accepted.add(int(np.flatnonzero(mass)[-1]))  # however little it has
             for moved in (-2e-6, 0.0, 2e-6):
                 target = min(max(0.0, u + moved), 1 - 1e-12) * cumulative[-1]
                 accepted.add(int(np.searchsorted(cumulative, target, side="right")))
@@ -75,6 +78,7 @@ SHARES = st.one_of(st.sampled_from([0.0, math.nextafter(1.0, 0.0)]), st.floats(0
 
 
 @settings(max_examples=300, deadline=None)
+@example(torch.tensor([2.0, 3.7, 3.3, -0.7]), Filters(0.1), math.nextafter(1.0, 0.0))
 @given(rows(), FILTERS, SHARES)
 def test_the_token_is_the_definitions(logits: torch.Tensor, filters: Filters, u: float) -> None:
     check(logits, filters, u)
