@@ -13,7 +13,7 @@ import itertools
 import logging
 import queue
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -406,7 +406,7 @@ class Loop:
                     continue
                 events = list(self._generation(job).take(outcome))
                 scheduler.confirm(work, max(0, len(outcome) - 1))  # also of a text that has ended: others may begin like it
-                if not self._tell(job, iter(events)):
+                if not self._tell(job, events):
                     continue
             ended += 1
         return ended > 0
@@ -430,7 +430,7 @@ class Loop:
         self._count(self._drafted, job.spec.key, len(work.draft))
         self._count(self._drafted_right, job.spec.key, right)
 
-    def _tell(self, job: _Job, events: Iterator[Started | Token | Finished]) -> bool:
+    def _tell(self, job: _Job, events: Iterable[Started | Token | Finished]) -> bool:
         """Emit `events`; returns whether the last event was among them."""
         for event in events:
             if isinstance(event, Finished):

@@ -13,13 +13,12 @@ from typing import Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from quantizers.errors import InvalidInput, OutOfMemory
 from quantizers.kernels.cpu import library
 from quantizers.kernels.cpu.llama import Facts, matrix, read, why_not
-from quantizers.kernels.cpu.sampling import Choice, describe
+from quantizers.kernels.cpu.sampling import Choice, Int32, describe
 from quantizers.kernels.cpu.structs import PHASES, Batch, Draw, Layer, Model, Rounds
 from quantizers.kernels.cpu.team import TeamSize
 from quantizers.kernels.kv_cache import Plane
@@ -36,7 +35,6 @@ _REFUSALS = {
     5: "a position lies in a block that its sequence's block table does not name or the cache of {blocks} blocks does not have",
     6: "logits are wanted of a token that the step does not have",
 }
-Int32 = NDArray[np.int32]
 
 
 class NativeStep:
