@@ -24,7 +24,7 @@ namespace precis {
 const Kernels* amx_kernels() {
     static const Kernels table = [] {
         Kernels t = *avx512_kernels();
-        t.name = "amx", t.quantize_row = amx_quantize_row, t.matvec = amx_matvec, t.matmul = amx_matmul;
+        t.name = "amx", t.quantize_rows = amx_quantize_rows, t.matvec = amx_matvec, t.matmul = amx_matmul;
         return t;
     }();
     return &table;

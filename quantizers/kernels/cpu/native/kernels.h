@@ -60,8 +60,9 @@ constexpr int kChunk = kBlockTokens * kChunkBlocks;  // the split of the context
 
 struct Kernels {
     const char* name;
-    // One row into the form that `kind` reads. NaN or infinity make the scale of their group NaN.
-    void (*quantize_row)(Kind kind, const float* x, const Activations& into, int row);
+    // The rows [row0, row1) of `into`, which are x [row1 - row0][columns], in the form that `kind` reads. NaN or infinity make the scale of
+    // their group NaN.
+    void (*quantize_rows)(Kind kind, const float* x, const Activations& into, int row0, int row1);
     // One token: y[row - row0] for rows row0 <= row < row1; row0 is a multiple of 16.
     void (*matvec)(const Matrix& m, const Activations& a, int64_t row0, int64_t row1, float* y);
     // The tokens of `a` from begin to end: y[token * stride + row - row0]; row0 is a multiple of 32. `panel` has panel_bytes(columns);

@@ -20,7 +20,8 @@ struct Work {
 void run(void* context, Team& team, int index) {
     auto& w = *static_cast<Work*>(context);
     const int tokens = w.inputs->view().tokens;
-    for (int64_t t = team.begin(tokens, index); t < team.begin(tokens, index + 1); t++) w.inputs->fill(*w.k, w.x + t * w.m->columns, static_cast<int>(t));
+    const int64_t first = team.begin(tokens, index), end = team.begin(tokens, index + 1);
+    w.inputs->fill(*w.k, w.x + first * w.m->columns, static_cast<int>(first), static_cast<int>(end));
     team.barrier();
     uint8_t* panel = w.panels + index * panel_bytes(w.m->columns);
     const int64_t units = unit_count(*w.m, tokens), unit0 = team.begin(units, index);

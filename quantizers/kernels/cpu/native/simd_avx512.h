@@ -145,6 +145,9 @@ struct V {
     PRECIS_INLINE static F bytes(const void* p) {
         return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))));
     }
+    // 16 numbers, then 16 more, as `store_bf16` rounds them.
+    PRECIS_INLINE static B bf16(F a, F b) { return (__m512i)_mm512_cvtne2ps_pbh(b, a); }
+    PRECIS_INLINE static void store_first(void* p, int count, F x) { _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), x); }
     // Nearest bf16, ties to even; subnormals become zero.
     PRECIS_INLINE static void store_bf16(uint16_t* p, F x) {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(x));

@@ -134,12 +134,13 @@ private:
 
     Ahead* ahead(int index) { return mine(index).blocks.empty() ? nullptr : &mine(index).ahead; }
 
-    // make(row) for every row that this thread makes, and a barrier where others read it.
+    // make(begin, end) for the rows that this thread makes, up to kRowsAtOnce at a time, and a barrier where others read them.
     template <class Make>
     void rows(Team& team, int index, int count, Phase phase, Make make) {
         const bool alone = count == 1;
         const auto begin = [&](int i) { return count == tokens_ ? first_token(team, i) : static_cast<int>(team.begin(count, i)); };
-        for (int r = alone ? 0 : begin(index); r < (alone ? 1 : begin(index + 1)); r++) make(r);
+        const int end = alone ? 1 : begin(index + 1);
+        for (int r = alone ? 0 : begin(index), next; r < end; r = next) next = std::min(end, (r / Step::kRowsAtOnce + 1) * Step::kRowsAtOnce), make(r, next);
         mark(index, phase);
         if (!alone) wait(team, index);
     }
@@ -155,11 +156,15 @@ private:
         for (int64_t i = 0; i < m_.hidden; i++) x[i] = from_bf16(row[i]);
     }
 
+    void norm(int t, const float* weight, float* y) {
+        k_.rms_norm(s_.x_.get() + t * m_.hidden, weight, m_.epsilon, static_cast<int>(m_.hidden), y);
+    }
+
     void normed(Team& team, int index, const float* weight) {
-        float* y = mine(index).row.get();
-        rows(team, index, tokens_, Phase::kNorm, [&](int t) {
-            k_.rms_norm(s_.x_.get() + t * m_.hidden, weight, m_.epsilon, static_cast<int>(m_.hidden), y);
-            inputs(index).hidden.fill(k_, y, t);
+        rows(team, index, tokens_, Phase::kNorm, [&](int begin, int end) {
+            float* y = mine(index).normed.get();
+            for (int t = begin; t < end; t++) norm(t, weight, y + (t - begin) * m_.hidden);
+            inputs(index).hidden.fill(k_, y, begin, end);
         });
     }
 
@@ -199,9 +204,10 @@ private:
         }
         mark(index, Phase::kAttention);
         wait(team, index);
-        rows(team, index, tokens_, Phase::kAttention, [&](int t) {
-            const float* row = s_.attended_.get() + t * m_.heads * m_.head_dim;
-            inputs(index).out.fill(k_, s_.plan_.split ? joined(mine(index), layer, t) : row, t);
+        rows(team, index, tokens_, Phase::kAttention, [&](int begin, int end) {
+            Inputs& out = inputs(index).out;
+            if (!s_.plan_.split) return out.fill(k_, s_.attended_.get() + begin * m_.heads * m_.head_dim, begin, end);
+            for (int t = begin; t < end; t++) out.fill(k_, joined(mine(index), layer, t), t, t + 1);
         });
     }
 
@@ -299,8 +305,8 @@ private:
     // The attended row of one token whose chunks lie in the step's memory.
     const float* joined(Local& mine, const Layer& layer, int t) {
         for (int h = 0; h < m_.heads; h++)
-            join(mine, layer, t, (t * m_.heads + h) * s_.plan_.chunks, s_.max_, s_.sum_, s_.partial_, mine.row.get() + h * m_.head_dim);
-        return mine.row.get();
+            join(mine, layer, t, (t * m_.heads + h) * s_.plan_.chunks, s_.max_, s_.sum_, s_.partial_, mine.joined.get() + h * m_.head_dim);
+        return mine.joined.get();
     }
 
     // x += inputs times m. `before_wait` deals the next phase out.
@@ -334,16 +340,18 @@ private:
         mark(index, Phase::kMlp);
         deal(team, index, kDownUnits, {&layer.down}, tokens_);
         wait(team, index);
-        rows(team, index, tokens_, Phase::kNorm, [&](int t) { inputs(index).down.fill(k_, s_.h_.get() + t * m_.intermediate, t); });
+        rows(team, index, tokens_, Phase::kNorm, [&](int begin, int end) {
+            inputs(index).down.fill(k_, s_.h_.get() + begin * m_.intermediate, begin, end);
+        });
     }
 
     void head(Team& team, int index) {
         const int count = static_cast<int>(b_.logit_rows);
         Inputs& in = s_.local_[count == 1 ? static_cast<size_t>(index) : 0].head;
-        float* y = mine(index).row.get();
-        rows(team, index, count, Phase::kNorm, [&](int r) {
-            k_.rms_norm(s_.x_.get() + b_.logit_row[r] * m_.hidden, m_.final_norm, m_.epsilon, static_cast<int>(m_.hidden), y);
-            in.fill(k_, y, r);
+        rows(team, index, count, Phase::kNorm, [&](int begin, int end) {
+            float* y = mine(index).normed.get();
+            for (int r = begin; r < end; r++) norm(b_.logit_row[r], m_.final_norm, y + (r - begin) * m_.hidden);
+            in.fill(k_, y, begin, end);
         });
         Largest* largest = mine(index).largest.get();
         std::fill(largest, largest + count, Largest{});

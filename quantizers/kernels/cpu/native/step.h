@@ -106,7 +106,8 @@ private:
     // What a thread has of its own. With one token the inputs too: every thread quantizes it, which is quicker than waiting for one.
     struct Local {
         Inputs hidden, out, down, head;
-        Buffer<float> row;      // the widest row
+        Buffer<float> normed;   // [kRowsAtOnce][hidden]
+        Buffer<float> joined;   // a row of all heads
         Buffer<float> scratch;  // two panels of products, or the query of an attention unit
         Buffer<uint8_t> query;
         Buffer<uint8_t> panel;
@@ -119,6 +120,7 @@ private:
 
     void reserve(const Batch& b, int threads);
 
+    static constexpr int kRowsAtOnce = 16;   // that are normed and quantized together
     static constexpr int kScratchUnits = 4;  // of one token, whose products stay in `scratch`
 
     static constexpr int64_t kAheadBytes = 1 << 20;  // of a layer's keys and values: what the second-level cache holds

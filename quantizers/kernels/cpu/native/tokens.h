@@ -44,11 +44,12 @@ public:
         copies_ = needed(Kind::kFp32) && fp32 == nullptr;
         if (copies_) view_.fp32 = fp32_.reserve(size);
     }
-    void fill(const Kernels& k, const float* x, int row) {
-        if (kinds_ & kReadGroups) k.quantize_row(Kind::kGrouped, x, view_, row);
+    // The rows [row0, row1), which are x [row1 - row0][columns].
+    void fill(const Kernels& k, const float* x, int row0, int row1) {
+        if (kinds_ & kReadGroups) k.quantize_rows(Kind::kGrouped, x, view_, row0, row1);
         for (Kind kind : {Kind::kToken, Kind::kGroupedToken, Kind::kE4m3, Kind::kBf16})
-            if (needed(kind)) k.quantize_row(kind, x, view_, row);
-        if (copies_) std::copy(x, x + view_.columns, fp32_.get() + int64_t{row} * view_.columns);
+            if (needed(kind)) k.quantize_rows(kind, x, view_, row0, row1);
+        if (copies_) std::copy(x, x + int64_t{row1 - row0} * view_.columns, fp32_.get() + int64_t{row0} * view_.columns);
     }
     const Activations& view() const { return view_; }
     size_t bytes() const { return grouped_.bytes() + token_.bytes() + token_groups_.bytes() + e4m3_.bytes() + e4m3_scale_.bytes() + bf16_.bytes() + fp32_.bytes(); }

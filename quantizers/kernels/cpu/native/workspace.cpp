@@ -29,7 +29,7 @@ void Step::reserve(const Batch& b, int threads) {
         if (&mine == &local_[0] || b.logit_rows == 1) mine.head.prepare(bit(m_.head.kind), static_cast<int>(b.logit_rows), m_.hidden, nullptr);
         mine.largest.reserve(size(b.logit_rows));
         mine.blocks.reserve(size(kAheadBytes / (2 * kBlockTokens * m_.kv_heads * m_.head_dim)));  // no kind of cache has smaller blocks
-        mine.row.reserve(size(widest));
+        mine.normed.reserve(size(kRowsAtOnce * m_.hidden)), mine.joined.reserve(size(attended));
         const int64_t products = 2 * std::max<int64_t>(kPanel * b.tokens, kRows * kScratchUnits);
         mine.scratch.reserve(size(std::max(products, kQueries * m_.head_dim)));
         mine.query.reserve(size(kQueries * query_bytes(m_.cache_kind, m_.head_dim)));
@@ -41,7 +41,7 @@ void Step::reserve(const Batch& b, int threads) {
 }
 
 size_t Step::Local::bytes() const {
-    return hidden.bytes() + out.bytes() + down.bytes() + head.bytes() + row.bytes() + scratch.bytes() + query.bytes() + panel.bytes() +
+    return hidden.bytes() + out.bytes() + down.bytes() + head.bytes() + normed.bytes() + joined.bytes() + scratch.bytes() + query.bytes() + panel.bytes() +
            largest.bytes() + max.bytes() + sum.bytes() + partial.bytes() + weight.bytes();
 }
 
