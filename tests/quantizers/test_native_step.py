@@ -87,6 +87,7 @@ CONFIGS = {
         **SMALL | {"hidden_size": 192, "num_attention_heads": 12, "num_key_value_heads": 1, "head_dim": 16}
     ),
     "mistral with a window": MistralConfig(**SMALL, sliding_window=37, head_dim=16),
+    "mistral with a window shorter than a block": MistralConfig(**SMALL, sliding_window=8, head_dim=16),
     "qwen2 with windows in some layers": Qwen2Config(**SMALL, use_sliding_window=True, sliding_window=21, max_window_layers=1),
     "qwen3": Qwen3Config(**SMALL, head_dim=32),
 }
@@ -307,6 +308,20 @@ def test_nan_in_one_sequence_leaves_the_others_alone() -> None:
     logits = cache.step.forward(both, positions, ints(0, len(ids), 2 * len(ids)), cache.tables, rows)
     assert torch.equal(logits[:-1], torch.cat((clean, clean[:-1])))
     assert logits[-1].isnan().all()
+
+
+@pytest.mark.parametrize("name", ["llama", "llama, 12 heads of one key head", "llama, wide heads, one key head"])
+def test_a_token_of_nan_changes_no_row_before_it(name: str) -> None:
+    """Whatever its place among the tokens that are attended to together."""
+    model = small(name, torch.bfloat16)
+    model.get_input_embeddings().weight[5] = float("nan")
+    ids = [token if token != 5 else 6 for token in text(model, 90)]
+    clean = Cache(model).feed(ids)
+    assert clean.isfinite().all()
+    for bad in (*range(40, 49), 64, 79, 89):
+        logits = Cache(model).feed([*ids[:bad], 5, *ids[bad + 1 :]])
+        assert torch.equal(logits[:bad], clean[:bad]), bad
+        assert logits[bad:].isnan().all(), bad
 
 
 def test_greedy_tokens_of_the_demo_are_transformers(demo: Path) -> None:

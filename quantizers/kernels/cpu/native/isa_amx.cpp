@@ -13,7 +13,9 @@ namespace precis {
 namespace {
 #include "simd_avx512.h"
 #include "coming.inc"
+#include "soften.inc"
 #include "amx.inc"
+#include "amx_attention.inc"
 }  // namespace
 }  // namespace precis
 
@@ -25,6 +27,7 @@ const Kernels* amx_kernels() {
     static const Kernels table = [] {
         Kernels t = *avx512_kernels();
         t.name = "amx", t.quantize_rows = amx_quantize_rows, t.matvec = amx_matvec, t.matmul = amx_matmul;
+        t.queries = 16, t.attend = amx_attend;
         return t;
     }();
     return &table;

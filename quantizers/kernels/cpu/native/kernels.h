@@ -15,6 +15,11 @@
 
 namespace precis {
 
+constexpr int kMostQueries = 16;  // of any instruction set
+constexpr int kBlockTokens = 16;  // positions of a cache block: one lane each
+constexpr int kChunkBlocks = 4;
+constexpr int kChunk = kBlockTokens * kChunkBlocks;  // the split of the context, fixed so that no result depends on threads or batch
+
 enum class CacheKind : int32_t { kBf16 = 0, kFp32 = 1, kInt8 = 2 };
 
 // Bytes of a query row over a cache of a kind: numbers of its type; for bytes what `quantize_query` writes.
@@ -25,21 +30,25 @@ constexpr int64_t query_bytes(CacheKind kind, int64_t head_dim) {
 // One chunk of the context for the query rows that share a key/value head.
 struct AttendCall {
     const void* query;  // [rows], already scaled, see query_bytes
-    int rows;           // 1 to kQueries
+    int rows;           // 1 to kMostQueries
     int head_dim;       // multiple of 16
     CacheKind kind;
     int blocks;                       // 1 to kChunkBlocks
-    const uint8_t* keys[4];           // the key plane of each block, see cache.h
-    const uint8_t* values[4];
-    const uint8_t* next[4];           // planes of keys that are read after this chunk, to be asked for; null where nothing is asked for
+    const uint8_t* keys[kChunkBlocks];  // the key plane of each block, see cache.h
+    const uint8_t* values[kChunkBlocks];
+    const uint8_t* next[kChunkBlocks];  // planes of keys that are read after this chunk, to be asked for; null where nothing is asked for
     int start;                        // position of the chunk's first slot
-    const int* first;                 // row i attends to the positions first[i] <= p < limit[i]; at least one lies in the chunk
+    const int* first;                 // row i attends to the positions first[i] <= p < limit[i], neither less than of the row before it;
+                                      // at least one lies in the chunk
     const int* limit;
     int64_t stride;  // results of a row lie that many apart: one for each chunk of the context
     float* max;      // [rows], every `stride`th
     float* sum;      // [rows], every `stride`th
     float* out;      // [rows][head_dim], every `stride`th row; not yet divided by the sum
+    uint8_t* memory;  // attend_bytes(head_dim) to work in
 };
+
+constexpr int64_t attend_bytes(int64_t head_dim) { return (2 * kChunk + 4 * kMostQueries) * head_dim; }
 
 // Of numbers seen so far.
 struct Largest {
@@ -53,13 +62,9 @@ struct Largest {
     }
 };
 
-constexpr int kQueries = 8;
-constexpr int kBlockTokens = 16;  // positions of a cache block: one lane each
-constexpr int kChunkBlocks = 4;
-constexpr int kChunk = kBlockTokens * kChunkBlocks;  // the split of the context, fixed so that no result depends on threads or batch
-
 struct Kernels {
     const char* name;
+    int queries;  // rows of a unit of attention: tokens of one sequence times heads that share a key/value head
     // The rows [row0, row1) of `into`, which are x [row1 - row0][columns], in the form that `kind` reads. NaN or infinity make the scale of
     // their group NaN.
     void (*quantize_rows)(Kind kind, const float* x, const Activations& into, int row0, int row1);
@@ -77,7 +82,7 @@ struct Kernels {
     void (*append)(const float* key, const float* value, int head_dim, CacheKind kind, int slot, uint8_t* keys, uint8_t* values);
     // A query row [head_dim] over a cache of bytes.
     void (*quantize_query)(const float* x, int head_dim, uint8_t* row);
-    void (*attend)(const AttendCall& call);
+    void (*attend)(const AttendCall* calls, int count);  // the chunks of one unit, all of one kind of cache
     // What `attend` left for the chunks of one row -> result [head_dim]. `weight` has room for `chunks`.
     void (*combine)(const float* max, const float* sum, const float* out, int chunks, int head_dim, float* weight, float* result);
     // The numbers `first` to first + n - 1, which are x [n], among those that `seen` knows.

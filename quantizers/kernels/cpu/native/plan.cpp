@@ -29,8 +29,8 @@ StepError check(const Model& m, const Batch& b) {
     return StepError::kNone;
 }
 
-void AttentionPlan::make(const Model& m, const Batch& b, int threads) {
-    const int group = static_cast<int>(m.heads / m.kv_heads), heads = std::min(group, kQueries), tile = std::max(1, kQueries / heads);
+void AttentionPlan::make(const Model& m, const Batch& b, int queries, int threads) {
+    const int group = static_cast<int>(m.heads / m.kv_heads), heads = std::min(group, queries), tile = std::max(1, queries / heads);
     units.clear();
     sequence_of.resize(static_cast<size_t>(b.tokens));
     chunks = 0;
@@ -41,7 +41,7 @@ void AttentionPlan::make(const Model& m, const Batch& b, int threads) {
         }
     // A unit a token and key/value head is enough work for all threads, or else the context is split too.
     split = threads > 1 && b.tokens * m.kv_heads < 4 * threads;
-    writes_cache = b.tokens == b.sequences && group <= kQueries;
+    writes_cache = b.tokens == b.sequences && group <= queries;
     const int part = split ? std::max<int>(1, static_cast<int>(b.tokens * m.kv_heads * chunks / (8 * threads))) : chunks;
     for (int s = 0; s < b.sequences; s++)
         for (int t = b.query_start[s]; t < b.query_start[s + 1]; t += split ? 1 : tile) {

@@ -257,14 +257,15 @@ private:
         const int count = u.tokens * u.heads, dims = static_cast<int>(m_.head_dim), last = u.token0 + u.tokens - 1;
         // A query that still stands before its own key is in the last part of the context, whose unit writes the key.
         if (s_.plan_.writes_cache && u.chunk0 + u.chunks == chunk_end(b_.position[last])) write_cache(layer, l, last, u.kv_head);
-        int first[kQueries], limit[kQueries];
+        int first[kMostQueries], limit[kMostQueries];
         for (int i = 0; i < count; i++) {
             limit[i] = b_.position[u.token0 + i / u.heads] + 1;
             first[i] = first_position(limit[i] - 1, layer.window);
         }
         AttendCall c{};
-        c.query = queries(mine, u, layer), c.head_dim = dims, c.kind = cache_.kind;
+        c.query = queries(mine, u, layer), c.head_dim = dims, c.kind = cache_.kind, c.memory = mine.masked.get();
         const int64_t chunks = s_.plan_.chunks;
+        int calls = 0;
         for (int chunk = u.chunk0; chunk < u.chunk0 + u.chunks; chunk++) {
             // Rows that see nothing of the chunk: those of earlier tokens at its end, of later ones at its beginning.
             int from = 0, to = count;
@@ -281,14 +282,14 @@ private:
                 const int seen = planes(then, l, same ? chunk + 1 : then.chunk0, begin, position + 1, c.next);
                 for (int b = seen; b < kChunkBlocks; b++) c.next[b] = c.next[0];
             }
-            AttendCall part = c;
+            AttendCall& part = mine.calls.get()[calls++] = c;
             part.query = static_cast<const uint8_t*>(c.query) + from * query_bytes(c.kind, dims);
             const int64_t at = (s_.plan_.split ? (int64_t{u.token0} * m_.heads + u.head0) : 0) * chunks + from * chunks + chunk;
             part.stride = chunks;
             part.max = (s_.plan_.split ? s_.max_ : mine.max).get() + at, part.sum = (s_.plan_.split ? s_.sum_ : mine.sum).get() + at;
             part.out = (s_.plan_.split ? s_.partial_ : mine.partial).get() + at * dims;
-            k_.attend(part);
         }
+        if (calls > 0) k_.attend(mine.calls.get(), calls);
         if (s_.plan_.split) return;
         for (int i = 0; i < count; i++) {
             const int t = u.token0 + i / u.heads;
@@ -386,9 +387,10 @@ private:
 StepError Step::forward(const Batch& batch, int threads) {
     const StepError error = check(m_, batch);
     if (error != StepError::kNone) return error;
-    plan_.make(m_, batch, threads);
+    const Kernels& k = kernels();
+    plan_.make(m_, batch, k.queries, threads);
     reserve(batch, threads);
-    Run run(*this, batch, kernels());
+    Run run(*this, batch, k);
     run_on_threads(threads, Run::work, &run);
     return StepError::kNone;
 }

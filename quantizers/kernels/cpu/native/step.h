@@ -80,7 +80,7 @@ struct AttentionPlan {
     bool writes_cache = false;  // units write their own keys and values: no token of the batch reads another's
     int chunks = 0;             // the most that any token has
 
-    void make(const Model& m, const Batch& b, int threads);
+    void make(const Model& m, const Batch& b, int queries, int threads);  // a unit has up to that many rows
 };
 
 // First and last chunk (exclusive) of the context that a token at `position` attends to.
@@ -109,7 +109,8 @@ private:
         Buffer<float> normed;   // [kRowsAtOnce][hidden]
         Buffer<float> joined;   // a row of all heads
         Buffer<float> scratch;  // two panels of products, or the query of an attention unit
-        Buffer<uint8_t> query;
+        Buffer<uint8_t> query, masked;  // of an attention unit: the query; values of a chunk
+        Buffer<AttendCall> calls;  // of a unit, one for each chunk
         Buffer<uint8_t> panel;
         Ahead ahead;
         std::vector<int32_t> blocks;  // of `ahead`

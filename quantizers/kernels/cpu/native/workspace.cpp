@@ -31,17 +31,18 @@ void Step::reserve(const Batch& b, int threads) {
         mine.blocks.reserve(size(kAheadBytes / (2 * kBlockTokens * m_.kv_heads * m_.head_dim)));  // no kind of cache has smaller blocks
         mine.normed.reserve(size(kRowsAtOnce * m_.hidden)), mine.joined.reserve(size(attended));
         const int64_t products = 2 * std::max<int64_t>(kPanel * b.tokens, kRows * kScratchUnits);
-        mine.scratch.reserve(size(std::max(products, kQueries * m_.head_dim)));
-        mine.query.reserve(size(kQueries * query_bytes(m_.cache_kind, m_.head_dim)));
+        mine.scratch.reserve(size(std::max(products, kMostQueries * m_.head_dim)));
+        mine.query.reserve(size(kMostQueries * query_bytes(m_.cache_kind, m_.head_dim)));
+        mine.calls.reserve(size(chunks)), mine.masked.reserve(size(attend_bytes(m_.head_dim)));
         mine.panel.reserve(size(panel_bytes(widest)));
         mine.weight.reserve(size(chunks + 16));
         if (plan_.split) continue;
-        mine.max.reserve(size(kQueries * chunks)), mine.sum.reserve(size(kQueries * chunks)), mine.partial.reserve(size(kQueries * chunks * m_.head_dim));
+        mine.max.reserve(size(kMostQueries * chunks)), mine.sum.reserve(size(kMostQueries * chunks)), mine.partial.reserve(size(kMostQueries * chunks * m_.head_dim));
     }
 }
 
 size_t Step::Local::bytes() const {
-    return hidden.bytes() + out.bytes() + down.bytes() + head.bytes() + normed.bytes() + joined.bytes() + scratch.bytes() + query.bytes() + panel.bytes() +
+    return hidden.bytes() + out.bytes() + down.bytes() + head.bytes() + normed.bytes() + joined.bytes() + scratch.bytes() + query.bytes() + masked.bytes() + calls.bytes() + panel.bytes() +
            largest.bytes() + max.bytes() + sum.bytes() + partial.bytes() + weight.bytes();
 }
 
