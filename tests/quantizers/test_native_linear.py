@@ -117,7 +117,27 @@ def test_int8_tokens_with_groups_are_the_reference(rows: int, tokens: int, group
     assert difference.abs().max() <= SUM_ERROR * x.norm() * weight.dequantize().norm()
 
 
-@given(rows=st.integers(1, 70), tokens=st.integers(1, 20), groups=st.integers(1, 5), seed=st.integers(0, 99))
+@given(rows=st.integers(1, 70), tokens=st.integers(1, 70), groups=st.integers(1, 20), threads=st.integers(1, 3), seed=st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_bf16_products_are_the_same_in_any_company(rows: int, tokens: int, groups: int, threads: int, seed: int) -> None:
+    """Tiles of AMX have up to 32 tokens and 32 rows; dot products have other ones."""
+    generator = torch.Generator().manual_seed(seed)
+    weight, x = torch.randn(rows, 32 * groups, generator=generator).bfloat16(), torch.randn(tokens, 32 * groups, generator=generator)
+    columns = weight.shape[1]
+    matrix = library.Matrix(
+        kind=library.BF16, bits=16, group=columns, zero=0, rows=rows, columns=columns, data=weight.data_ptr(), bias=None
+    )
+    expected = x.bfloat16().double() @ weight.double().T
+    for name in available():
+        library.select_instruction_set(name)
+        torch.set_num_threads(threads)
+        found = library.run_linear(matrix, x)
+        assert (found - expected).abs().max() <= SUM_ERROR * x.norm(dim=1).max() * weight.float().norm(dim=1).max(), name
+        torch.set_num_threads(1)
+        assert torch.equal(torch.cat([library.run_linear(matrix, row) for row in x.split(1)]), found), name
+
+
+@given(rows=st.integers(1, 70), tokens=st.integers(1, 70), groups=st.integers(1, 5), seed=st.integers(0, 99))
 @settings(max_examples=40, deadline=None)
 def test_int8_tokens_are_the_reference_to_the_bit(rows: int, tokens: int, groups: int, seed: int) -> None:
     kernel, buffers, weight = layer(W8A8, rows, 32 * groups, seed)
