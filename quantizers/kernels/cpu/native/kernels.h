@@ -2,8 +2,8 @@
 //
 // One source (the .inc files) is compiled once for each instruction set over a vector of 16 floats, so that every set does the same
 // floating-point operations in the same order: their results are the same to the bit, and the scalar one is the specification. Two
-// exceptions: the bf16 products of AVX2 keep subnormal numbers, below 1.2e-38, which the others take and give as zero; and those of AMX are
-// summed in another order, see amx.inc.
+// exceptions: the bf16 products of AVX2 keep subnormal numbers, below 1.2e-38, which the others take and give as zero; and those of AMX, of
+// matrices and of attention, are summed in another order, see amx.inc.
 #pragma once
 
 #include <cmath>
