@@ -7,6 +7,7 @@ machine hits them alike. A product's bandwidth is given beside that of a plain r
 """
 
 import argparse
+import ctypes
 import json
 import time
 from collections.abc import Callable
@@ -31,6 +32,7 @@ from quantizers.tensors import TensorSource
 
 RECIPES = ("rtn-w4g32m-head8", "rtn-w4g32-head8", "rtn-w8g32-head8", "bf16")
 DEMO = Path(__file__).parent.parent / ".cache" / "demo"
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 COLUMNS = 576  # of the demo model; a short row is the harder case
 COLD_BYTES = 96 << 20  # three times the last-level cache of the machine that the figures in docs/ are from
 FORMATS = {  # name -> kind, bits, group, zero of library.Matrix
@@ -84,7 +86,7 @@ def _matrix(kind: int, bits: int, group: int, zero: int) -> tuple[library.Matrix
     matrix.rows = 16 * blocks
     memory = library.aligned_bytes(library.packed_bytes(matrix) if quantized else matrix.rows * COLUMNS * bits // 8)
     library.library().precis_advise_huge(memory.data_ptr(), memory.numel())
-    memory.random_(40, 60)  # as fp16, bf16, e4m3 or a power of two: small, finite and normal
+    memory.random_(56, 64)  # as fp16, bf16, e4m3 or a power of two: finite, and normal even when they are multiplied
     matrix.data = memory.data_ptr()
     return matrix, memory
 
@@ -123,7 +125,17 @@ def make(config: PretrainedConfig, source: TensorSource, slug: str, device: str,
     if not recipe.is_baseline:
         artifact = MemorySource()
         quantize(config, source, recipe, artifact.__setitem__, device=device)
+        _keep_freed_memory()
     return load_model(config, recipe, source, artifact, device=device, shared=SharedTensors(), checkpoint_key=key)
+
+
+def _keep_freed_memory() -> None:
+    """Undo what quantizing asks of glibc, which has large tensors in pages of their own: a server quantizes in another process, and the
+    logits of several sequences would cost 5 % of a step there in new pages."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+        mallopt(_M_TRIM_THRESHOLD, 64 << 20)
 
 
 class Bench:
