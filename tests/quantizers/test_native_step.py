@@ -225,6 +225,23 @@ def test_chunks_threads_and_instruction_sets_change_no_bit(name: str, dtype: tor
 @pytest.mark.parametrize(
     "scheme",
     [
+        IntegerScheme(weight_bits=4, group_size=32),
+        IntegerScheme(weight_bits=8, group_size=32, zero="integer"),
+        IntegerScheme(weight_bits=3, group_size=32, zero="minimum", activation_bits=8),
+        MinifloatScheme(format="mxfp4"),
+    ],
+    ids=lambda scheme: scheme.slug,
+)
+def test_chunks_threads_and_instruction_sets_change_no_bit_of_quantized_weights(scheme: IntegerScheme | MinifloatScheme) -> None:
+    model = small("qwen3")
+    quantized(model, scheme, HEAD8)
+    ids = text(model, 150)
+    check_that_no_bit_changes(lambda: Cache(model), ids, bf16=False)
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
         None,
         IntegerScheme(weight_bits=4, group_size=32, zero="minimum"),
         IntegerScheme(weight_bits=8),

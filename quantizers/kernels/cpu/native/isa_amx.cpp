@@ -13,6 +13,7 @@ namespace precis {
 namespace {
 #include "simd_avx512.h"
 #include "coming.inc"
+#include "packed.inc"
 #include "soften.inc"
 #include "amx.inc"
 #include "amx_attention.inc"

@@ -92,10 +92,10 @@ struct Kernels {
     void (*log_probabilities)(const float* logits, int32_t vocab, const Score& score, DrawMemory& memory);
 };
 
-// Two blocks unpacked to bytes, with their scales and zeros as floats, and two numbers for every group of each token of a tile. In whole pages:
+// Two blocks unpacked to bytes, with their scales and zeros as floats, and 16 numbers for every group, of the tokens of a tile. In whole pages:
 // panels of two threads may lie side by side, and what a processor asks for by itself goes on to the end of a page.
 constexpr int64_t panel_bytes(int64_t columns) {
-    return (kPanel * columns + 2 * (kPanel + kTile) * columns / kInputs * 4 + 4095) / 4096 * 4096;
+    return (kPanel * columns + (2 * kPanel + 16) * columns / kInputs * 4 + 4095) / 4096 * 4096;
 }
 
 const Kernels& scalar_kernels();

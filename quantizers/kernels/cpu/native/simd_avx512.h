@@ -102,6 +102,7 @@ struct V {
     PRECIS_INLINE static B bload(const void* p) { return _mm512_loadu_si512(p); }
     PRECIS_INLINE static void bstore(void* p, B x) { _mm512_storeu_si512(p, x); }
     PRECIS_INLINE static B band(B x, uint8_t mask) { return _mm512_and_si512(x, _mm512_set1_epi8(static_cast<char>(mask))); }
+    PRECIS_INLINE static B less(B x, int y) { return _mm512_sub_epi8(x, _mm512_set1_epi8(static_cast<char>(y))); }
     PRECIS_INLINE static B bor(B a, B b) { return _mm512_or_si512(a, b); }
     template <int N>
     PRECIS_INLINE static B shr(B x) { return _mm512_srli_epi16(x, N); }  // bits that cross a byte are masked away by the caller
