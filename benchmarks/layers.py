@@ -7,7 +7,6 @@ machine hits them alike. A product's bandwidth is given beside that of a plain r
 """
 
 import argparse
-import ctypes
 import json
 import time
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from transformers import AutoConfig, PretrainedConfig
 from model_store.formats.safetensors import SafetensorsSource
 from quantizers.kernels.cpu import library
 from quantizers.kernels.cpu.step import BLOCK_SIZE, NativeStep
+from quantizers.memory import keep_freed_memory
 from quantizers.model import LoadedModel, load_model
 from quantizers.pipeline import quantize
 from quantizers.recipe import parse_recipe
@@ -32,7 +32,6 @@ from quantizers.tensors import TensorSource
 
 RECIPES = ("rtn-w4g32m-head8", "rtn-w4g32-head8", "rtn-w8g32-head8", "bf16")
 DEMO = Path(__file__).parent.parent / ".cache" / "demo"
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 COLUMNS = 576  # of the demo model; a short row is the harder case
 COLD_BYTES = 96 << 20  # three times the last-level cache of the machine that the figures in docs/ are from
 FORMATS = {  # name -> kind, bits, group, zero of library.Matrix
@@ -125,17 +124,8 @@ def make(config: PretrainedConfig, source: TensorSource, slug: str, device: str,
     if not recipe.is_baseline:
         artifact = MemorySource()
         quantize(config, source, recipe, artifact.__setitem__, device=device)
-        _keep_freed_memory()
+        keep_freed_memory()  # a server quantizes in another process; new pages for the logits of 16 sequences would be 5 % of a step
     return load_model(config, recipe, source, artifact, device=device, shared=SharedTensors(), checkpoint_key=key)
-
-
-def _keep_freed_memory() -> None:
-    """Undo what quantizing asks of glibc, which has large tensors in pages of their own: a server quantizes in another process, and the
-    logits of several sequences would cost 5 % of a step there in new pages."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 32 << 20)
-        mallopt(_M_TRIM_THRESHOLD, 64 << 20)
 
 
 class Bench:

@@ -66,10 +66,19 @@ def keep_large_tensors_apart(*, tokens_flow: bool) -> None:
     would cost a third of the time. Where only weights are worked on, it costs a second a model.
     """
     bound = LARGE_TENSOR if tokens_flow else _LARGE_WEIGHT
+    _set_thresholds(bound, bound)  # setting the one makes the other small, and the heap would shrink at every chance
+
+
+def keep_freed_memory() -> None:
+    """Have what is freed kept for later, as glibc does by itself in a process that never called `keep_large_tensors_apart`."""
+    _set_thresholds(32 << 20, 64 << 20)
+
+
+def _set_thresholds(mmap: int, trim: int) -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, bound)
-        mallopt(_M_TRIM_THRESHOLD, bound)  # setting the one makes the other small, and the heap would shrink at every chance
+        mallopt(_M_MMAP_THRESHOLD, mmap)
+        mallopt(_M_TRIM_THRESHOLD, trim)
 
 
 def trim_heap() -> None:

@@ -10,8 +10,7 @@
 namespace precis {
 
 constexpr int kTile = 6;  // 6 tokens x 32 rows of sums and of totals fill the 32 vector registers of AVX-512
-
-constexpr int kRowsTogether = 16;
+constexpr int kTileTokens = 16;  // of a tile of AMX
 
 struct QuantizedTokens {
     int8_t* codes = nullptr;
@@ -25,7 +24,7 @@ struct Activations {
     int tokens = 0;
     int begin = 0, end = 0;  // the tokens that a product takes, in whole tiles
     int columns = 0;
-    bool in_rows = false;  // codes lie in plain rows, scales as [tokens / kRowsTogether][groups][kRowsTogether]: what AMX wants
+    bool in_rows = false;  // codes lie in plain rows, scales as [tokens / kTileTokens][groups][kTileTokens]: what AMX wants
     QuantizedTokens grouped;  // groups of 32
     QuantizedTokens token;    // one group a token
     QuantizedTokens token_groups;  // one scale a token, repeated for every 32 inputs, with sums of those

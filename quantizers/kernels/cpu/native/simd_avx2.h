@@ -70,8 +70,6 @@ struct V {
 
     PRECIS_INLINE static D dset(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
     PRECIS_INLINE static D dadd(D a, D b) { return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
-    template <int N>
-    PRECIS_INLINE static D dshl(D x) { return {_mm256_slli_epi32(x.lo, N), _mm256_slli_epi32(x.hi, N)}; }
     PRECIS_INLINE static int32_t dsum(D x) {
         alignas(32) int32_t lane[8];
         _mm256_store_si256(reinterpret_cast<__m256i*>(lane), _mm256_add_epi32(x.lo, x.hi));

@@ -86,8 +86,6 @@ struct V {
 
     PRECIS_INLINE static D dset(int32_t x) { return _mm512_set1_epi32(x); }
     PRECIS_INLINE static D dadd(D a, D b) { return _mm512_add_epi32(a, b); }
-    template <int N>
-    PRECIS_INLINE static D dshl(D x) { return _mm512_slli_epi32(x, N); }
     PRECIS_INLINE static int32_t dsum(D x) { return _mm512_reduce_add_epi32(x); }
     PRECIS_INLINE static F to_float(D x) { return _mm512_cvtepi32_ps(x); }
     PRECIS_INLINE static D to_int(F x) { return _mm512_cvtps_epi32(x); }  // to the nearest, ties to even

@@ -74,8 +74,6 @@ struct V {
 
     PRECIS_INLINE static D dset(int32_t x) { return each<D>([&](int) { return vdupq_n_s32(x); }); }
     PRECIS_INLINE static D dadd(const D& a, const D& b) { return each<D>([&](int i) { return vaddq_s32(a.part[i], b.part[i]); }); }
-    template <int N>
-    PRECIS_INLINE static D dshl(const D& x) { return each<D>([&](int i) { return vshlq_n_s32(x.part[i], N); }); }
     PRECIS_INLINE static int32_t dsum(const D& x) {
         return vaddvq_s32(vaddq_s32(vaddq_s32(x.part[0], x.part[1]), vaddq_s32(x.part[2], x.part[3])));
     }

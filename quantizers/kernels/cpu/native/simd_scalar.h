@@ -71,8 +71,6 @@ struct V {
     static D dadd(const D& a, const D& b) {
         return each<D>([&](int i) { return wrap(static_cast<uint32_t>(a.lane[i]) + static_cast<uint32_t>(b.lane[i])); });
     }
-    template <int N>
-    static D dshl(const D& x) { return each<D>([&](int i) { return wrap(static_cast<uint32_t>(x.lane[i]) << N); }); }
     static int32_t dsum(const D& x) { return std::accumulate(x.lane, x.lane + 16, 0); }
     static F to_float(const D& x) { return each<F>([&](int i) { return static_cast<float>(x.lane[i]); }); }
     static D to_int(const F& x) { return each<D>([&](int i) { return static_cast<int32_t>(std::nearbyint(x.lane[i])); }); }

@@ -16,7 +16,7 @@ struct QuantizedBuffers {
     Buffer<int32_t> negated_sum, negated_first;
 
     QuantizedTokens reserve(int64_t tokens, int64_t columns, int64_t groups, bool halves = false) {
-        const size_t scales = static_cast<size_t>((tokens / kRowsTogether + 1) * kRowsTogether * groups + kRowsTogether);  // whole tiles of either form
+        const size_t scales = static_cast<size_t>((tokens / kTileTokens + 1) * kTileTokens * groups + kTileTokens);  // whole tiles of either form
         return {codes.reserve(static_cast<size_t>(tokens * columns)), scale.reserve(scales), negated_sum.reserve(scales),
                 halves ? negated_first.reserve(scales) : nullptr, scaled_sum.reserve(scales)};
     }
