@@ -75,7 +75,8 @@ struct Kernels {
     void (*matmul)(const Matrix& m, const Activations& a, int64_t row0, int64_t row1, float* y, int64_t stride, uint8_t* panel, Ahead* ahead);
     void (*round_bf16)(const float* x, int n, uint16_t* y);  // n is a multiple of 16; subnormal results become zero
     void (*rms_norm)(const float* x, const float* weight, float eps, int n, float* y);
-    void (*silu_mul)(const float* gate, const float* up, int n, float* y);
+    // y [tokens][y_stride] of gate and up [tokens][stride], `n` numbers of each token; those are read to the next multiple of 16.
+    void (*silu_mul)(const float* gate, const float* up, int64_t stride, int tokens, int n, float* y, int64_t y_stride);
     // Rotary embedding of one head, times `factor`: the two halves of x [2 * half] are the parts of `half` complex numbers. y may be x.
     void (*turn)(const float* x, const float* cos, const float* sin, int half, float factor, float* y);
     // The key and value [head_dim] of one position into slot 0..15 of a head's planes, see cache.h.
@@ -83,7 +84,7 @@ struct Kernels {
     // A query row [head_dim] over a cache of bytes.
     void (*quantize_query)(const float* x, int head_dim, uint8_t* row);
     void (*attend)(const AttendCall* calls, int count);  // the chunks of one unit, all of one kind of cache
-    // What `attend` left for the chunks of one row -> result [head_dim]. `weight` has room for `chunks`.
+    // What `attend` left for the chunks of one row -> result [head_dim]. `max`, `sum` and `weight` have room for 15 numbers more than `chunks`.
     void (*combine)(const float* max, const float* sum, const float* out, int chunks, int head_dim, float* weight, float* result);
     // The numbers `first` to first + n - 1, which are x [n], among those that `seen` knows.
     void (*largest)(const float* x, int n, int32_t first, Largest& seen);

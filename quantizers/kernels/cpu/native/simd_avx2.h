@@ -75,6 +75,12 @@ struct V {
         _mm256_store_si256(reinterpret_cast<__m256i*>(lane), _mm256_add_epi32(x.lo, x.hi));
         return lane[0] + lane[1] + lane[2] + lane[3] + lane[4] + lane[5] + lane[6] + lane[7];
     }
+    PRECIS_INLINE static void largest4(const D (&x)[4], int32_t* out) {
+        for (int i = 0; i < 4; i++) out[i] = largest(x[i]);
+    }
+    PRECIS_INLINE static void dsum4(const D (&x)[4], int32_t* out) {
+        for (int i = 0; i < 4; i++) out[i] = dsum(x[i]);
+    }
     PRECIS_INLINE static F to_float(D x) { return {_mm256_cvtepi32_ps(x.lo), _mm256_cvtepi32_ps(x.hi)}; }
     PRECIS_INLINE static D to_int(F x) { return {_mm256_cvtps_epi32(x.lo), _mm256_cvtps_epi32(x.hi)}; }
     PRECIS_INLINE static D clamp8(D x) {

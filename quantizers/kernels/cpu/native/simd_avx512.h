@@ -83,10 +83,27 @@ struct V {
     PRECIS_INLINE static D magnitude(F x) { return _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff)); }
     PRECIS_INLINE static D max(D a, D b) { return _mm512_max_epi32(a, b); }
     PRECIS_INLINE static int32_t largest(D x) { return _mm512_reduce_max_epi32(x); }
+    // The largest of each of four vectors.
+    PRECIS_INLINE static void largest4(const D (&x)[4], int32_t* out) {
+        reduce4<max>(x, out);
+    }
 
     PRECIS_INLINE static D dset(int32_t x) { return _mm512_set1_epi32(x); }
     PRECIS_INLINE static D dadd(D a, D b) { return _mm512_add_epi32(a, b); }
     PRECIS_INLINE static int32_t dsum(D x) { return _mm512_reduce_add_epi32(x); }
+    PRECIS_INLINE static void dsum4(const D (&x)[4], int32_t* out) {
+        reduce4<dadd>(x, out);
+    }
+    template <D (*op)(D, D)>
+    PRECIS_INLINE static void reduce4(const D (&x)[4], int32_t* out) {
+        const D p = op(_mm512_shuffle_i32x4(x[0], x[1], 0x44), _mm512_shuffle_i32x4(x[0], x[1], 0xee));
+        const D q = op(_mm512_shuffle_i32x4(x[2], x[3], 0x44), _mm512_shuffle_i32x4(x[2], x[3], 0xee));
+        D all = op(_mm512_shuffle_i32x4(p, q, 0x88), _mm512_shuffle_i32x4(p, q, 0xdd));  // 128 bits of each
+        all = op(all, _mm512_shuffle_epi32(all, _MM_PERM_BADC));
+        all = op(all, _mm512_shuffle_epi32(all, _MM_PERM_CDAB));
+        const D firsts = _mm512_permutexvar_epi32(_mm512_castsi128_si512(_mm_setr_epi32(0, 4, 8, 12)), all);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_castsi512_si128(firsts));
+    }
     PRECIS_INLINE static F to_float(D x) { return _mm512_cvtepi32_ps(x); }
     PRECIS_INLINE static D to_int(F x) { return _mm512_cvtps_epi32(x); }  // to the nearest, ties to even
     PRECIS_INLINE static D clamp8(D x) {

@@ -77,6 +77,12 @@ struct V {
     PRECIS_INLINE static int32_t dsum(const D& x) {
         return vaddvq_s32(vaddq_s32(vaddq_s32(x.part[0], x.part[1]), vaddq_s32(x.part[2], x.part[3])));
     }
+    PRECIS_INLINE static void largest4(const D (&x)[4], int32_t* out) {
+        for (int i = 0; i < 4; i++) out[i] = largest(x[i]);
+    }
+    PRECIS_INLINE static void dsum4(const D (&x)[4], int32_t* out) {
+        for (int i = 0; i < 4; i++) out[i] = dsum(x[i]);
+    }
     PRECIS_INLINE static F to_float(const D& x) { return each<F>([&](int i) { return vcvtq_f32_s32(x.part[i]); }); }
     PRECIS_INLINE static D to_int(const F& x) { return each<D>([&](int i) { return vcvtnq_s32_f32(x.part[i]); }); }
     PRECIS_INLINE static D clamp8(const D& x) {

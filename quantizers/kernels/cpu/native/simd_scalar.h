@@ -72,6 +72,12 @@ struct V {
         return each<D>([&](int i) { return wrap(static_cast<uint32_t>(a.lane[i]) + static_cast<uint32_t>(b.lane[i])); });
     }
     static int32_t dsum(const D& x) { return std::accumulate(x.lane, x.lane + 16, 0); }
+    static void largest4(const D (&x)[4], int32_t* out) {
+        for (int i = 0; i < 4; i++) out[i] = largest(x[i]);
+    }
+    static void dsum4(const D (&x)[4], int32_t* out) {
+        for (int i = 0; i < 4; i++) out[i] = dsum(x[i]);
+    }
     static F to_float(const D& x) { return each<F>([&](int i) { return static_cast<float>(x.lane[i]); }); }
     static D to_int(const F& x) { return each<D>([&](int i) { return static_cast<int32_t>(std::nearbyint(x.lane[i])); }); }
     static D clamp8(const D& x) { return each<D>([&](int i) { return std::min(127, std::max(-128, x.lane[i])); }); }

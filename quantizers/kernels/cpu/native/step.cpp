@@ -334,9 +334,8 @@ private:
             float *gate = mine(index).scratch.get(), *up = gate + tokens_ * size;
             multiply(k_, layer.gate, in, begin, end, gate, size, mine(index).panel.get(), ahead(index));
             multiply(k_, layer.up, in, begin, end, up, size, mine(index).panel.get(), ahead(index));
-            float* from = gate + in.begin * size;
-            k_.silu_mul(from, up + in.begin * size, static_cast<int>((in.end - in.begin) * size), from);
-            for (int t = in.begin; t < in.end; t++, from += size) std::copy(from, from + count, s_.h_.get() + t * m_.intermediate + row0);
+            k_.silu_mul(gate + in.begin * size, up + in.begin * size, size, in.end - in.begin, static_cast<int>(count),
+                        s_.h_.get() + in.begin * m_.intermediate + row0, m_.intermediate);
         });
         mark(index, Phase::kMlp);
         deal(team, index, kDownUnits, {&layer.down}, tokens_);
