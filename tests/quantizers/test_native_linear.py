@@ -238,22 +238,22 @@ def test_extreme_inputs_give_no_nan(magnitude: float) -> None:
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_extreme_codes(bits: int) -> None:
-    """All codes and inputs at their largest: the largest sums of bytes that there are."""
-    scheme = IntegerScheme(weight_bits=bits, group_size=128, zero="integer")
-    codes = torch.full((16, 1024), (1 << bits) - 1, dtype=torch.uint8)
-    tensors = {
-        "codes": pack(codes, bits),
-        "scale": torch.ones(16, 8).half(),
-        "zero_point": torch.zeros(16, 8, dtype=torch.uint8),
-    }
-    kernel = select(kind(scheme, 16, 1024))
-    buffers = kernel.prepare(QuantizedWeight(scheme, 16, 1024, tensors))
-    for name in available():
-        library.select_instruction_set(name)
-        for sign in (1, -1):
-            x = torch.full((2, 1024), 127.0 * sign)  # 127 codes of scale 1: every sum is whole and below 2^24 * 8
-            assert torch.equal(kernel.run(x, buffers, None), torch.full((2, 16), 127.0 * sign * 1024 * ((1 << bits) - 1)))
+def test_extreme_codes_and_zeros(bits: int) -> None:
+    """All codes, zeros and inputs at their largest, the zeros of few bits far beyond: the largest sums of bytes that there are."""
+    scheme, most = IntegerScheme(weight_bits=bits, group_size=128, zero="integer"), (1 << bits) - 1
+    for code, zero in ((most, 0), (0, most), (0, 255 if bits == 8 else 128)):
+        tensors = {
+            "codes": pack(torch.full((16, 1024), code, dtype=torch.uint8), bits),
+            "scale": torch.ones(16, 8).half(),
+            "zero_point": torch.full((16, 8), zero, dtype=torch.uint8),
+        }
+        kernel = select(kind(scheme, 16, 1024))
+        buffers = kernel.prepare(QuantizedWeight(scheme, 16, 1024, tensors))
+        for name in available():
+            library.select_instruction_set(name)
+            for tokens, sign in ((1, 1), (2, -1), (19, 1), (64, -1)):
+                x = torch.full((tokens, 1024), 127.0 * sign)  # 127 codes of scale 1: every sum is whole and below 2^24 * 8
+                assert torch.equal(kernel.run(x, buffers, None), torch.full((tokens, 16), 127.0 * sign * 1024 * (code - zero)))
 
 
 def test_all_zero_groups_give_zero() -> None:

@@ -107,6 +107,13 @@ struct V {
         const __m256i m = _mm256_set1_epi8(static_cast<char>(mask));
         return {_mm256_and_si256(x.lo, m), _mm256_and_si256(x.hi, m)};
     }
+    PRECIS_INLINE static B less(B a, B b) { return {_mm256_sub_epi8(a.lo, b.lo), _mm256_sub_epi8(a.hi, b.hi)}; }
+    PRECIS_INLINE static B spread(const void* p) {
+        const __m256i low = _mm256_setr_epi32(0, 0x01010101, 0x02020202, 0x03030303, 0x04040404, 0x05050505, 0x06060606, 0x07070707);
+        const __m256i high = _mm256_add_epi8(low, _mm256_set1_epi8(8)), offset = _mm256_set1_epi8(-128);
+        const B x = table(p);
+        return {_mm256_xor_si256(_mm256_shuffle_epi8(x.lo, low), offset), _mm256_xor_si256(_mm256_shuffle_epi8(x.hi, high), offset)};
+    }
     PRECIS_INLINE static B bor(B a, B b) { return {_mm256_or_si256(a.lo, b.lo), _mm256_or_si256(a.hi, b.hi)}; }
     template <int N>
     PRECIS_INLINE static B shr(B x) { return {_mm256_srli_epi16(x.lo, N), _mm256_srli_epi16(x.hi, N)}; }

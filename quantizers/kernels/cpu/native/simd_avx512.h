@@ -117,7 +117,14 @@ struct V {
     PRECIS_INLINE static B bload(const void* p) { return _mm512_loadu_si512(p); }
     PRECIS_INLINE static void bstore(void* p, B x) { _mm512_storeu_si512(p, x); }
     PRECIS_INLINE static B band(B x, uint8_t mask) { return _mm512_and_si512(x, _mm512_set1_epi8(static_cast<char>(mask))); }
-    PRECIS_INLINE static B less(B x, int y) { return _mm512_sub_epi8(x, _mm512_set1_epi8(static_cast<char>(y))); }
+    PRECIS_INLINE static B bset(int x) { return _mm512_set1_epi8(static_cast<char>(x)); }
+    PRECIS_INLINE static B less(B a, B b) { return _mm512_sub_epi8(a, b); }
+    // 16 bytes less 128, each of them four times.
+    PRECIS_INLINE static B spread(const void* p) {
+        const B rows = _mm512_setr_epi32(0, 0x01010101, 0x02020202, 0x03030303, 0x04040404, 0x05050505, 0x06060606, 0x07070707, 0x08080808, 0x09090909,
+                                         0x0a0a0a0a, 0x0b0b0b0b, 0x0c0c0c0c, 0x0d0d0d0d, 0x0e0e0e0e, 0x0f0f0f0f);
+        return _mm512_xor_si512(_mm512_shuffle_epi8(table(p), rows), bset(128));
+    }
     PRECIS_INLINE static B bor(B a, B b) { return _mm512_or_si512(a, b); }
     template <int N>
     PRECIS_INLINE static B shr(B x) { return _mm512_srli_epi16(x, N); }  // bits that cross a byte are masked away by the caller

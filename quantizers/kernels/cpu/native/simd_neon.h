@@ -102,6 +102,12 @@ struct V {
         PRECIS_UNROLL for (int i = 0; i < 4; i++) vst1q_u8(static_cast<uint8_t*>(p) + 16 * i, x.part[i]);
     }
     PRECIS_INLINE static B band(const B& x, uint8_t mask) { return each<B>([&](int i) { return vandq_u8(x.part[i], vdupq_n_u8(mask)); }); }
+    PRECIS_INLINE static B less(const B& a, const B& b) { return each<B>([&](int i) { return vsubq_u8(a.part[i], b.part[i]); }); }
+    PRECIS_INLINE static B spread(const void* p) {
+        const uint8x16_t offset = veorq_u8(vld1q_u8(static_cast<const uint8_t*>(p)), vdupq_n_u8(128));
+        const uint8x16_t rows = vshrq_n_u8(vcombine_u8(vcreate_u8(0x0706050403020100), vcreate_u8(0x0f0e0d0c0b0a0908)), 2);
+        return each<B>([&](int i) { return vqtbl1q_u8(offset, vaddq_u8(rows, vdupq_n_u8(static_cast<uint8_t>(4 * i)))); });
+    }
     PRECIS_INLINE static B bor(const B& a, const B& b) { return each<B>([&](int i) { return vorrq_u8(a.part[i], b.part[i]); }); }
     template <int N>
     PRECIS_INLINE static B shr(const B& x) { return each<B>([&](int i) { return vshrq_n_u8(x.part[i], N); }); }

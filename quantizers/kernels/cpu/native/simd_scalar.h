@@ -98,6 +98,11 @@ struct V {
         return out;
     }
     static B band(const B& x, uint8_t mask) { return bytewise([&](int i) { return x.lane[i] & mask; }); }
+    static B less(const B& a, const B& b) { return bytewise([&](int i) { return a.lane[i] - b.lane[i]; }); }
+    static B spread(const void* p) {
+        const auto* bytes = static_cast<const uint8_t*>(p);
+        return bytewise([&](int i) { return bytes[i / 4] - 128; });
+    }
     static B bor(const B& a, const B& b) { return bytewise([&](int i) { return a.lane[i] | b.lane[i]; }); }
     template <int N>
     static B shr(const B& x) { return bytewise([&](int i) { return x.lane[i] >> N; }); }
