@@ -48,6 +48,8 @@ struct AttendCall {
     uint8_t* memory;  // attend_bytes(head_dim) to work in
 };
 
+constexpr int64_t kPastChunks = 15;  // numbers that `combine` reads or writes behind those of the chunks: whole vectors
+
 constexpr int64_t attend_bytes(int64_t head_dim) { return (2 * kChunk + 4 * kMostQueries) * head_dim; }
 
 // Of numbers seen so far.
@@ -84,7 +86,7 @@ struct Kernels {
     // A query row [head_dim] over a cache of bytes.
     void (*quantize_query)(const float* x, int head_dim, uint8_t* row);
     void (*attend)(const AttendCall* calls, int count);  // the chunks of one unit, all of one kind of cache
-    // What `attend` left for the chunks of one row -> result [head_dim]. `max`, `sum` and `weight` have room for 15 numbers more than `chunks`.
+    // What `attend` left for the chunks of one row -> result [head_dim]. `max`, `sum` and `weight` have room for kPastChunks more.
     void (*combine)(const float* max, const float* sum, const float* out, int chunks, int head_dim, float* weight, float* result);
     // The numbers `first` to first + n - 1, which are x [n], among those that `seen` knows.
     void (*largest)(const float* x, int n, int32_t first, Largest& seen);

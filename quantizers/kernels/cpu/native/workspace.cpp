@@ -12,7 +12,7 @@ void Step::reserve(const Batch& b, int threads) {
     qkv_.reserve(size(b.tokens * (m_.heads + 2 * m_.kv_heads) * m_.head_dim));
     if (!plan_.split) attended_.reserve(size(b.tokens * attended));
     const int64_t parts = plan_.split ? b.tokens * m_.heads * chunks : 0;
-    max_.reserve(size(parts + 15)), sum_.reserve(size(parts + 15)), partial_.reserve(size(parts * m_.head_dim));
+    max_.reserve(size(parts + kPastChunks)), sum_.reserve(size(parts + kPastChunks)), partial_.reserve(size(parts * m_.head_dim));
     unsigned hidden = 0, out = 0, down = 0;
     for (int64_t l = 0; l < m_.layers; l++) {
         const Layer& a = m_.layer[l];
@@ -35,9 +35,9 @@ void Step::reserve(const Batch& b, int threads) {
         mine.query.reserve(size(kMostQueries * query_bytes(m_.cache_kind, m_.head_dim)));
         mine.calls.reserve(size(chunks)), mine.masked.reserve(size(attend_bytes(m_.head_dim)));
         mine.panel.reserve(size(panel_bytes(widest)));
-        mine.weight.reserve(size(chunks + 15));
+        mine.weight.reserve(size(chunks + kPastChunks));
         if (plan_.split) continue;
-        mine.max.reserve(size(kMostQueries * chunks + 15)), mine.sum.reserve(size(kMostQueries * chunks + 15)), mine.partial.reserve(size(kMostQueries * chunks * m_.head_dim));
+        mine.max.reserve(size(kMostQueries * chunks + kPastChunks)), mine.sum.reserve(size(kMostQueries * chunks + kPastChunks)), mine.partial.reserve(size(kMostQueries * chunks * m_.head_dim));
     }
 }
 
