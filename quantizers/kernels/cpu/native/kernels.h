@@ -95,10 +95,12 @@ struct Kernels {
     void (*log_probabilities)(const float* logits, int32_t vocab, const Score& score, DrawMemory& memory);
 };
 
-// Two blocks unpacked to bytes, with their scales and zeros as floats, and 16 numbers for every group, of the tokens of a tile. In whole pages:
-// panels of two threads may lie side by side, and what a processor asks for by itself goes on to the end of a page.
+constexpr int kMostTotals = 8;  // tokens whose totals are kept in memory
+
+// Two blocks unpacked to bytes, with their scales and zeros as floats, 16 numbers for every group, of the tokens of a tile, and their totals. In whole
+// pages: panels of two threads may lie side by side, and what a processor asks for by itself goes on to the end of a page.
 constexpr int64_t panel_bytes(int64_t columns) {
-    return (kPanel * columns + (2 * kPanel + 16) * columns / kInputs * 4 + 4095) / 4096 * 4096;
+    return (kPanel * columns + ((2 * kPanel + 16) * columns / kInputs + kMostTotals * kPanel) * 4 + 4095) / 4096 * 4096;
 }
 
 const Kernels& scalar_kernels();

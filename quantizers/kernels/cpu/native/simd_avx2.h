@@ -3,7 +3,7 @@ struct V {
     struct F { __m256 lo, hi; };
     struct D { __m256i lo, hi; };
     using B = D;
-    static constexpr int kWidth = 2;
+    static constexpr int kWidth = 2, kPair = 0;
     static constexpr int kBlocks = 1;
     static constexpr int kQueries = 3;
     static constexpr int values_at_a_time(int) { return 4; }

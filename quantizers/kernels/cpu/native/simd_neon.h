@@ -4,7 +4,7 @@ struct V {
     struct D { int32x4_t part[4]; };
     struct B { uint8x16_t part[4]; };
     // Three tokens' sums and totals are 24 of the 32 registers; three queries' two sums as many.
-    static constexpr int kWidth = 3;
+    static constexpr int kWidth = 3, kPair = 0;
     static constexpr int kBlocks = 1;
     static constexpr int kQueries = 3;
     static constexpr int values_at_a_time(int queries) { return queries <= 2 ? 2 : 1; }

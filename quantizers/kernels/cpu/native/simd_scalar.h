@@ -3,7 +3,7 @@ struct V {
     struct F { float lane[16]; };
     struct D { int32_t lane[16]; };
     struct B { uint8_t lane[64]; };
-    static constexpr int kWidth = 1;
+    static constexpr int kWidth = 1, kPair = 0;
     static constexpr int kBlocks = 1;
     static constexpr int kQueries = 1;
     static constexpr int values_at_a_time(int) { return 4; }
