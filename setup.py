@@ -4,13 +4,33 @@ Where there is no compiler the package installs without them and the torch kerne
 runs on every processor of an architecture, and picks its instruction set when it is loaded.
 """
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 NATIVE = Path("quantizers/kernels/cpu/native")
 
+
+class BuildExt(build_ext):
+    """Compiles the files of an extension side by side, as many as there are cores."""
+
+    def build_extension(self, ext: Extension) -> None:
+        compile_all = self.compiler.compile
+
+        def compile_each(sources: list[str], **options: Any) -> list[str]:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                return [name for names in pool.map(lambda source: compile_all([source], **options), sources) for name in names]
+
+        self.compiler.compile = compile_each
+        super().build_extension(ext)
+
+
 setup(
+    cmdclass={"build_ext": BuildExt},
     ext_modules=[
         Extension(
             "quantizers.kernels.cpu._native",
@@ -26,5 +46,5 @@ setup(
             extra_link_args=["-pthread"],
             optional=True,
         )
-    ]
+    ],
 )
