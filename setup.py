@@ -22,6 +22,8 @@ class BuildExt(build_ext):
         compile_all = self.compiler.compile
 
         def compile_each(sources: list[str], **options: Any) -> list[str]:
+            for name in self.compiler.object_filenames(sources, output_dir=options["output_dir"]):
+                Path(name).parent.mkdir(parents=True, exist_ok=True)  # or two files would make their folder at the same time
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 return [name for names in pool.map(lambda source: compile_all([source], **options), sources) for name in names]
 

@@ -177,3 +177,4 @@ struct V {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(x));
     }
 };
+static_assert(V::kWidth == kTile && V::kPair == kTile + 2, "tokens that are more than one tile, and up to kPair, are two");
