@@ -34,10 +34,10 @@ struct Activations {
     const float* fp32 = nullptr;  // [tokens][columns]
 };
 
-inline int tile_count(int tokens) { return (tokens + kTile - 1) / kTile; }
+constexpr int tile_count(int tokens) { return (tokens + kTile - 1) / kTile; }
 
 // First token of a tile: tiles differ by at most one token in size.
-inline int tile_start(int tile, int tokens) { return static_cast<int>(int64_t{tile} * tokens / tile_count(tokens)); }
+constexpr int tile_start(int tile, int tokens) { return static_cast<int>(int64_t{tile} * tokens / tile_count(tokens)); }
 
 inline int tile_of(int token, int tokens) { return static_cast<int>((int64_t{token + 1} * tile_count(tokens) - 1) / tokens); }
 

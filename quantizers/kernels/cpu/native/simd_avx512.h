@@ -4,7 +4,7 @@ struct V {
     using D = __m512i;  // 16 int32
     using B = __m512i;  // 64 bytes
     static constexpr int kWidth = 6;   // tokens of a tile that are worked on at a time
-    static constexpr int kPair = 8;    // tokens of two small tiles, one less or none, that are worked on together
+    static constexpr int kPair = kMostTotals;  // tokens of two small tiles, one less or none, that are worked on together
     static constexpr int kBlocks = 2;  // blocks of rows that are worked on at a time
     static constexpr int kQueries = 8;  // query rows that are worked on at a time
     static constexpr int values_at_a_time(int queries) { return queries <= 6 ? 4 : 2; }  // vectors of values that they are multiplied with
