@@ -27,7 +27,7 @@ namespace precis {
 const Kernels* amx_kernels() {
     static const Kernels table = [] {
         Kernels t = *avx512_kernels();
-        t.name = "amx", t.quantize_rows = amx_quantize_rows, t.matvec = amx_matvec, t.matmul = amx_matmul;
+        t.name = "amx", t.quantize = amx_quantize, t.matvec = amx_matvec, t.matmul = amx_matmul;
         t.queries = 16, t.attend = amx_attend;
         return t;
     }();

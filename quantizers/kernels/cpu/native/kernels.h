@@ -67,9 +67,9 @@ struct Largest {
 struct Kernels {
     const char* name;
     int queries;  // rows of a unit of attention: tokens of one sequence times heads that share a key/value head
-    // The rows [row0, row1) of `into`, which are x [row1 - row0][columns], in the form that `kind` reads. NaN or infinity make the scale of
-    // their group NaN.
-    void (*quantize_rows)(Kind kind, const float* x, const Activations& into, int row0, int row1);
+    // The columns [column0, column1) of the rows [row0, row1) of `into`, which are x [row1 - row0][stride], in the form that `kind` reads: whole
+    // groups of 32, and all columns where a token has one scale. NaN or infinity make the scale of their group NaN.
+    void (*quantize)(Kind kind, const float* x, int64_t stride, const Activations& into, int row0, int row1, int column0, int column1);
     // One token: y[row - row0] for rows row0 <= row < row1; row0 is a multiple of 16.
     void (*matvec)(const Matrix& m, const Activations& a, int64_t row0, int64_t row1, float* y);
     // The tokens of `a` from begin to end: y[token * stride + row - row0]; row0 is a multiple of 32. `panel` has panel_bytes(columns);

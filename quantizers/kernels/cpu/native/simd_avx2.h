@@ -87,6 +87,7 @@ struct V {
         const __m256i top = _mm256_set1_epi32(127), bottom = _mm256_set1_epi32(-128);
         return {_mm256_max_epi32(_mm256_min_epi32(x.lo, top), bottom), _mm256_max_epi32(_mm256_min_epi32(x.hi, top), bottom)};
     }
+    static constexpr bool kStoresWords = false;
     PRECIS_INLINE static void store8(int8_t* p, D x) {
         const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(x.lo, x.hi), 0xd8);
         const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));

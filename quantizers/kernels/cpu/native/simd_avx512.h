@@ -112,6 +112,32 @@ struct V {
     }
     PRECIS_INLINE static void store8(int8_t* p, D x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x)); }
 
+    // Codes of four groups, of which p and q are the halves, as words of four: those of a group are `next` apart, and those groups `apart`; one
+    // of the two is 1.
+    static constexpr bool kStoresWords = true;
+    PRECIS_INLINE static void store_words(const D (&p)[4], const D (&q)[4], int32_t* to, int64_t next, int64_t apart) {
+        const D a = packed(p[0], q[0], p[1], q[1]), b = packed(p[2], q[2], p[3], q[3]);
+        if (next == 1) {
+            const D order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+            const D first = _mm512_permutexvar_epi32(order, a), second = _mm512_permutexvar_epi32(order, b);
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_castsi512_si256(first));
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + apart), _mm512_extracti64x4_epi64(first, 1));
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 2 * apart), _mm512_castsi512_si256(second));
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 3 * apart), _mm512_extracti64x4_epi64(second, 1));
+            return;
+        }
+        store_quarters(to, next, _mm512_permutex2var_epi32(a, _mm512_setr_epi32(0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30), b));
+        store_quarters(to + 4 * next, next, _mm512_permutex2var_epi32(a, _mm512_setr_epi32(1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31), b));
+    }
+    // Words of a, b, c and d in turn: the first of each, then the second, the third and the fourth.
+    PRECIS_INLINE static D packed(D a, D b, D c, D d) { return _mm512_packs_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d)); }
+    PRECIS_INLINE static void store_quarters(int32_t* to, int64_t apart, D x) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_castsi512_si128(x));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + apart), _mm512_extracti32x4_epi32(x, 1));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 2 * apart), _mm512_extracti32x4_epi32(x, 2));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 3 * apart), _mm512_extracti32x4_epi32(x, 3));
+    }
+
     // Into the first-level cache, or the second.
     PRECIS_INLINE static void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
     PRECIS_INLINE static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }

@@ -88,6 +88,7 @@ struct V {
     PRECIS_INLINE static D clamp8(const D& x) {
         return each<D>([&](int i) { return vmaxq_s32(vminq_s32(x.part[i], vdupq_n_s32(127)), vdupq_n_s32(-128)); });
     }
+    static constexpr bool kStoresWords = false;
     PRECIS_INLINE static void store8(int8_t* p, const D& x) {
         const auto low_halves = [&](int i) { return vuzp1q_s16(vreinterpretq_s16_s32(x.part[i]), vreinterpretq_s16_s32(x.part[i + 1])); };
         vst1q_s8(p, vuzp1q_s8(vreinterpretq_s8_s16(low_halves(0)), vreinterpretq_s8_s16(low_halves(2))));

@@ -81,6 +81,7 @@ struct V {
     static F to_float(const D& x) { return each<F>([&](int i) { return static_cast<float>(x.lane[i]); }); }
     static D to_int(const F& x) { return each<D>([&](int i) { return static_cast<int32_t>(std::nearbyint(x.lane[i])); }); }
     static D clamp8(const D& x) { return each<D>([&](int i) { return std::min(127, std::max(-128, x.lane[i])); }); }
+    static constexpr bool kStoresWords = false;
     static void store8(int8_t* p, const D& x) { for (int i = 0; i < 16; i++) p[i] = static_cast<int8_t>(x.lane[i]); }
 
     static void prefetch_far(const void*) {}

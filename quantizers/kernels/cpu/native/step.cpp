@@ -328,20 +328,26 @@ private:
 
     void mlp(Team& team, int index, const Layer& layer) {
         const int64_t units = unit_count(layer.gate, tokens_);
+        Inputs& down = inputs(index).down;
+        // Units of several tokens are whole groups: who makes one quantizes it.
+        static_assert(kPanel % kInputs == 0, "what is quantized at once");
+        const bool at_once = !single_ && down.by_groups();
         share(team, index, kMlpUnits, inputs(index).hidden, units, [&](const Activations& in, int64_t begin, int64_t end) {
             const int64_t row0 = begin * unit_rows(tokens_), size = (end - begin) * unit_rows(tokens_);
             const int64_t count = std::min(size, m_.intermediate - row0);
             float *gate = mine(index).scratch.get(), *up = gate + tokens_ * size;
             multiply(k_, layer.gate, in, begin, end, gate, size, mine(index).panel.get(), ahead(index));
             multiply(k_, layer.up, in, begin, end, up, size, mine(index).panel.get(), ahead(index));
-            k_.silu_mul(gate + in.begin * size, up + in.begin * size, size, in.end - in.begin, static_cast<int>(count),
-                        s_.h_.get() + in.begin * m_.intermediate + row0, m_.intermediate);
+            gate += in.begin * size, up += in.begin * size;
+            float* h = at_once ? gate : s_.h_.get() + in.begin * m_.intermediate + row0;
+            k_.silu_mul(gate, up, size, in.end - in.begin, static_cast<int>(count), h, at_once ? size : m_.intermediate);
+            if (at_once) down.fill(k_, gate, size, in.begin, in.end, static_cast<int>(row0), static_cast<int>(row0 + count));
         });
         mark(index, Phase::kMlp);
         deal(team, index, kDownUnits, {&layer.down}, tokens_);
         wait(team, index);
-        rows(team, index, tokens_, Phase::kNorm, [&](int begin, int end) {
-            inputs(index).down.fill(k_, s_.h_.get() + begin * m_.intermediate, begin, end);
+        if (!at_once) rows(team, index, tokens_, Phase::kNorm, [&](int begin, int end) {
+            down.fill(k_, s_.h_.get() + begin * m_.intermediate, begin, end);
         });
     }
 

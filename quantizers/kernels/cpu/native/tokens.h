@@ -44,13 +44,18 @@ public:
         copies_ = needed(Kind::kFp32) && fp32 == nullptr;
         if (copies_) view_.fp32 = fp32_.reserve(size);
     }
-    // The rows [row0, row1), which are x [row1 - row0][columns].
-    void fill(const Kernels& k, const float* x, int row0, int row1) {
-        if (kinds_ & kReadGroups) k.quantize_rows(Kind::kGrouped, x, view_, row0, row1);
+    // Columns can be filled in a few at a time, whole groups of 32: no token has one scale for all of them.
+    bool by_groups() const { return (kinds_ & ~(kReadGroups | bit(Kind::kBf16) | bit(Kind::kFp32))) == 0; }
+    // The columns [column0, column1) of the rows [row0, row1), which are x [row1 - row0][stride]; all columns unless `by_groups`.
+    void fill(const Kernels& k, const float* x, int64_t stride, int row0, int row1, int column0, int column1) {
+        if (kinds_ & kReadGroups) k.quantize(Kind::kGrouped, x, stride, view_, row0, row1, column0, column1);
         for (Kind kind : {Kind::kToken, Kind::kGroupedToken, Kind::kE4m3, Kind::kBf16})
-            if (needed(kind)) k.quantize_rows(kind, x, view_, row0, row1);
-        if (copies_) std::copy(x, x + int64_t{row1 - row0} * view_.columns, fp32_.get() + int64_t{row0} * view_.columns);
+            if (needed(kind)) k.quantize(kind, x, stride, view_, row0, row1, column0, column1);
+        if (!copies_) return;
+        for (int row = row0; row < row1; row++, x += stride) std::copy(x, x + column1 - column0, fp32_.get() + int64_t{row} * view_.columns + column0);
     }
+    // All columns of rows that follow each other.
+    void fill(const Kernels& k, const float* x, int row0, int row1) { fill(k, x, view_.columns, row0, row1, 0, view_.columns); }
     const Activations& view() const { return view_; }
     size_t bytes() const { return grouped_.bytes() + token_.bytes() + token_groups_.bytes() + e4m3_.bytes() + e4m3_scale_.bytes() + bf16_.bytes() + fp32_.bytes(); }
 

@@ -8,7 +8,7 @@ namespace precis {
 void Step::reserve(const Batch& b, int threads) {
     const auto size = [](int64_t n) { return static_cast<size_t>(n); };
     const int64_t attended = m_.heads * m_.head_dim, widest = std::max({m_.hidden, m_.intermediate, attended}), chunks = plan_.chunks;
-    x_.reserve(size(b.tokens * m_.hidden)), h_.reserve(size(b.tokens * m_.intermediate));
+    x_.reserve(size(b.tokens * m_.hidden));
     qkv_.reserve(size(b.tokens * (m_.heads + 2 * m_.kv_heads) * m_.head_dim));
     if (!plan_.split) attended_.reserve(size(b.tokens * attended));
     const int64_t parts = plan_.split ? b.tokens * m_.heads * chunks : 0;
@@ -27,6 +27,7 @@ void Step::reserve(const Batch& b, int threads) {
         if (reads) mine.out.prepare(out, static_cast<int>(b.tokens), attended, nullptr);
         if (reads) mine.down.prepare(down, static_cast<int>(b.tokens), m_.intermediate, nullptr);
         if (&mine == &local_[0] || b.logit_rows == 1) mine.head.prepare(bit(m_.head.kind), static_cast<int>(b.logit_rows), m_.hidden, nullptr);
+        if (reads && (b.tokens == 1 || !mine.down.by_groups())) h_.reserve(size(b.tokens * m_.intermediate));
         mine.largest.reserve(size(b.logit_rows));
         mine.blocks.reserve(size(kAheadBytes / (2 * kBlockTokens * m_.kv_heads * m_.head_dim)));  // no kind of cache has smaller blocks
         mine.normed.reserve(size(kRowsAtOnce * m_.hidden)), mine.joined.reserve(size(attended));
