@@ -327,6 +327,22 @@ def test_nan_in_one_sequence_leaves_the_others_alone() -> None:
     assert logits[-1].isnan().all()
 
 
+@pytest.mark.parametrize("isa", available())
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_lies_where_nothing_was_written_changes_no_bit(name: str, isa: str) -> None:
+    library.select_instruction_set(isa)
+    model = small(name, torch.bfloat16)
+    ids = text(model, 75)
+    found = []
+    for byte in (0xFF, 0x00, 0x3F, 0xC5):  # NaN, zeros, 0.7 and -6000
+        cache = Cache(model)
+        cache.step._cache.fill_(byte)
+        parts = [cache.feed(ids[:70]), *(cache.feed(ids[i : i + 1], start=i) for i in range(70, 73)), cache.feed(ids[73:], start=73)]
+        found.append(torch.cat(parts))
+    assert found[0].isfinite().all()
+    assert all(torch.equal(other, found[0]) for other in found[1:])
+
+
 @pytest.mark.parametrize("name", ["llama", "llama, 12 heads of one key head", "llama, wide heads, one key head"])
 def test_a_token_of_nan_changes_no_row_before_it(name: str) -> None:
     """Whatever its place among the tokens that are attended to together."""
