@@ -25,6 +25,14 @@ int guarded(Fn fn) noexcept {
     }
 }
 
+// A code of StepError.
+template <class Fn>
+int stepped(Fn fn) noexcept {
+    precis::StepError error = precis::StepError::kNone;
+    const int failed = guarded([&] { error = fn(); });
+    return failed ? failed : static_cast<int>(error);
+}
+
 }  // namespace
 
 PRECIS_API int precis_abi_version() { return kAbiVersion; }
@@ -50,18 +58,12 @@ PRECIS_API int64_t precis_step_workspace_bytes(const void* step) {
     return static_cast<int64_t>(static_cast<const precis::Step*>(step)->workspace_bytes());
 }
 
-// A code of StepError.
 PRECIS_API int precis_step_forward(void* step, const precis::Batch* batch, int threads) {
-    precis::StepError error = precis::StepError::kNone;
-    const int failed = guarded([&] { error = static_cast<precis::Step*>(step)->forward(*batch, threads); });
-    return failed ? failed : static_cast<int>(error);
+    return stepped([&] { return static_cast<precis::Step*>(step)->forward(*batch, threads); });
 }
 
-// A code of StepError.
 PRECIS_API int precis_step_decode(void* step, const precis::Batch* batch, precis::Rounds* rounds, int threads) {
-    precis::StepError error = precis::StepError::kNone;
-    const int failed = guarded([&] { error = static_cast<precis::Step*>(step)->decode(*batch, *rounds, threads); });
-    return failed ? failed : static_cast<int>(error);
+    return stepped([&] { return static_cast<precis::Step*>(step)->decode(*batch, *rounds, threads); });
 }
 
 // Seconds by Phase since the step was made.
