@@ -12,12 +12,20 @@ namespace precis {
 constexpr int kTile = 6;  // 6 tokens x 32 rows of sums and of totals fill the 32 vector registers of AVX-512
 constexpr int kTileTokens = 16;  // of a tile of AMX
 
+// Sums of products with a group's codes begin at the bits of 1.5 * 2^23, which as a float counts in ones up to 2^22 in both directions: such a sum
+// needs no conversion, but as a float is kLift too large.
+constexpr float kLift = 12582912.0f;
+constexpr int32_t kLiftBits = 0x4b400000;
+constexpr int kOffset = 128;  // of bytes of weights that have no zero of their own
+static_assert(kInputs * 255 * 128 < 1 << 22, "sums of bytes");
+
 struct QuantizedTokens {
     int8_t* codes = nullptr;
-    float* scale = nullptr;          // value = code * scale
-    int32_t* negated_sum = nullptr;  // minus the sum of a group's codes: an offset of the weights' codes is taken back with it
-    int32_t* negated_first = nullptr;  // the same of the first half of a group, where a matrix asks for it
-    float* scaled_sum = nullptr;     // scale * sum of the codes: what a minimum is multiplied with
+    float* scale = nullptr;        // value = code * scale
+    int32_t* start = nullptr;      // where a sum begins that takes back the offset of the weights; one over all inputs is not lifted
+    int32_t* half_start[2] = {};   // the same for halves of a group, where a matrix asks for it
+    float* negated_sum = nullptr;  // minus the sum of the codes: what a zero point is multiplied with
+    float* scaled_sum = nullptr;   // scale * sum of the codes: what a minimum is multiplied with
 };
 
 struct Activations {

@@ -97,10 +97,10 @@ struct Kernels {
 
 constexpr int kMostTotals = 8;  // tokens whose totals are kept in memory
 
-// Two blocks unpacked to bytes, with their scales and zeros as floats, 16 numbers for every group, of the tokens of a tile, and their totals. In whole
+// Two blocks unpacked to bytes, with their scales and zeros as floats, and the totals of some tokens. In whole
 // pages: panels of two threads may lie side by side, and what a processor asks for by itself goes on to the end of a page.
 constexpr int64_t panel_bytes(int64_t columns) {
-    return (kPanel * columns + ((2 * kPanel + 16) * columns / kInputs + kMostTotals * kPanel) * 4 + 4095) / 4096 * 4096;
+    return (kPanel * columns + (2 * kPanel * columns / kInputs + kMostTotals * kPanel) * 4 + 4095) / 4096 * 4096;
 }
 
 const Kernels& scalar_kernels();

@@ -123,6 +123,7 @@ struct V {
         return each<B>([&](int i) { return vandq_u8(x.part[i], vreinterpretq_u8_u32(vdupq_n_u32(0xffff))); });
     }
     PRECIS_INLINE static F as_float(const B& x) { return each<F>([&](int i) { return vreinterpretq_f32_u8(x.part[i]); }); }
+    PRECIS_INLINE static F as_float(const D& x) { return each<F>([&](int i) { return vreinterpretq_f32_s32(x.part[i]); }); }
 
     // ARMv8.2 has dot products of two signs or of none.
     static constexpr bool kCentred = true;

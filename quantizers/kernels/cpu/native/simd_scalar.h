@@ -115,7 +115,8 @@ struct V {
         return bytewise([&](int i) { return bytes[i & 3]; });
     }
     static B low_half(const B& x) { return bytewise([&](int i) { return (i & 2) ? 0 : x.lane[i]; }); }
-    static F as_float(const B& x) {
+    template <class T>  // B or D
+    static F as_float(const T& x) {
         F out;
         std::memcpy(out.lane, x.lane, sizeof out.lane);
         return out;

@@ -12,15 +12,16 @@ namespace precis {
 
 struct QuantizedBuffers {
     Buffer<int8_t> codes;
-    Buffer<float> scale, scaled_sum;
-    Buffer<int32_t> negated_sum, negated_first;
+    Buffer<float> scale, negated_sum, scaled_sum;
+    Buffer<int32_t> start, half_start[2];
 
     QuantizedTokens reserve(int64_t tokens, int64_t columns, int64_t groups, bool halves = false) {
         const size_t scales = static_cast<size_t>((tokens / kTileTokens + 1) * kTileTokens * groups + kTileTokens);  // whole tiles of either form
-        return {codes.reserve(static_cast<size_t>(tokens * columns)), scale.reserve(scales), negated_sum.reserve(scales),
-                halves ? negated_first.reserve(scales) : nullptr, scaled_sum.reserve(scales)};
+        const auto half = [&](int i) { return halves ? half_start[i].reserve(scales) : nullptr; };
+        return {codes.reserve(static_cast<size_t>(tokens * columns)), scale.reserve(scales), start.reserve(scales), {half(0), half(1)},
+                negated_sum.reserve(scales), scaled_sum.reserve(scales)};
     }
-    size_t bytes() const { return codes.bytes() + scale.bytes() + scaled_sum.bytes() + negated_sum.bytes() + negated_first.bytes(); }
+    size_t bytes() const { return codes.bytes() + scale.bytes() + negated_sum.bytes() + scaled_sum.bytes() + start.bytes() + half_start[0].bytes() + half_start[1].bytes(); }
 };
 
 constexpr unsigned bit(Kind kind) { return 1u << static_cast<int>(kind); }
